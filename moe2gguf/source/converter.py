@@ -1,0 +1,161 @@
+"""llama.cpp's converter out of the runtime's tree, as a library: its model classes run up to the point of writing.
+
+With no path, gguf's writer only records: key-values, and tensors that are still lazy. Nothing here calls its write methods,
+so no intermediate file exists.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import torch
+import transformers
+
+from moe2gguf.errors import SourceError
+from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
+
+CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
+
+
+def convert_lazily(
+    folder: Path, *, pre_tokenizer: str | None, model_name: str | None, metadata_file: Path | None, verbose: bool
+) -> Any:
+    """A ModelBase of the converter whose gguf_writer has recorded everything that it would write.
+
+    Raises SourceError if the architecture or the tokenizer is unknown or the converter rejects the checkpoint.
+    """
+    with _quiet(verbose), torch.inference_mode():
+        conversion = _import_conversion()
+        model_class = _model_class(conversion, folder)
+        if pre_tokenizer is not None and pre_tokenizer not in known_pre_tokenizers(model_class):
+            raise _unknown_pre_tokenizer(f"{pre_tokenizer} is not a pre-tokenizer of llama.cpp", model_class)
+        try:
+            # ALL_F32 because it loses nothing: the type each tensor gets is decided later, by us
+            model = model_class(
+                folder, gguf.LlamaFileType.ALL_F32, folder, model_name=model_name, metadata_override=metadata_file
+            )
+            if _needs_all_weights(model.hparams):
+                raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
+            by_hash = model.get_vocab_base_pre
+            model.get_vocab_base_pre = lambda tokenizer: _pre_tokenizer(
+                tokenizer, folder, pre_tokenizer, by_hash, model_class
+            )
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
+        except SourceError:
+            raise
+        # the converter checks its input with assertions and whatever its libraries raise: all mean "not this checkpoint"
+        except Exception as error:
+            raise SourceError(
+                f"llama.cpp's converter cannot read {folder}: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+    return model
+
+
+def known_pre_tokenizers(model_class: Any) -> list[str]:
+    """The names its hash table can give, sorted."""
+    return sorted(set(re.findall(r'res = "([^"]+)"', inspect.getsource(model_class.get_vocab_base_pre))))
+
+
+def _converter_tree() -> Path:
+    if "MOE2GGUF_TREE" in os.environ:
+        return Path(os.environ["MOE2GGUF_TREE"])
+    from moe2gguf.runtime import find_runtime
+
+    return find_runtime().tree
+
+
+def _import_conversion() -> ModuleType:
+    if "conversion" in sys.modules:
+        return sys.modules["conversion"]
+    package = _converter_tree() / "conversion"
+    spec = importlib.util.spec_from_file_location(
+        "conversion", package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["conversion"] = module
+    # without it the converter puts the tree's gguf-py on sys.path; the runtime has installed that one already
+    os.environ["NO_LOCAL_GGUF"] = "1"
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["conversion"]
+        raise
+    finally:
+        del os.environ["NO_LOCAL_GGUF"]
+    return module
+
+
+def _model_class(conversion: ModuleType, folder: Path) -> Any:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf_architecture = conversion.get_model_architecture(config, conversion.ModelType.TEXT)
+    except ValueError as error:
+        raise SourceError(f"{folder / 'config.json'} names no architecture that can be read: {error}") from error
+    try:
+        return conversion.get_model_class(hf_architecture)
+    except NotImplementedError as error:
+        close = difflib.get_close_matches(hf_architecture, conversion.TEXT_MODEL_MAP, n=3)
+        raise SourceError(
+            f"{folder} is a {hf_architecture}, which llama.cpp's converter does not know"
+            + (f" (close: {', '.join(close)})" if close else "")
+            + f"; `python {_converter_tree() / 'convert_hf_to_gguf.py'} --print-supported-models` lists those it does"
+        ) from error
+
+
+def _needs_all_weights(hparams: dict[str, Any]) -> bool:
+    """NVFP4 sources are repacked by the converter while it opens them: the whole model would be read into memory."""
+    return "NVFP4" in json.dumps(hparams.get("quantization_config") or {}).upper()
+
+
+def _pre_tokenizer(tokenizer: Any, folder: Path, override: str | None, by_hash: Any, model_class: Any) -> str:
+    if override is not None:
+        return override
+    try:
+        return by_hash(tokenizer)
+    except NotImplementedError:
+        pass
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.backend_tokenizer.to_str()
+    name = pre_tokenizer_name(json.loads(text))
+    if name is None:
+        raise _unknown_pre_tokenizer(f"the BPE pre-tokenizer of {folder} is not one that llama.cpp has", model_class)
+    return name
+
+
+def _unknown_pre_tokenizer(problem: str, model_class: Any) -> SourceError:
+    names = ", ".join(known_pre_tokenizers(model_class))
+    return SourceError(f"{problem}; name the one that splits text alike with --pre-tokenizer NAME, out of {names}")
+
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Keeps the converter and transformers from logging a line per tensor."""
+    if verbose:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in CONVERTER_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    bars_shown = transformers.utils.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        if bars_shown:
+            transformers.utils.logging.enable_progress_bar()
