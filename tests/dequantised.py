@@ -1,0 +1,103 @@
+"""The Hugging Face checkpoint that a GGUF file stands for: its dequantised values under the checkpoint's own names.
+
+transformers on that checkpoint is the oracle for llama.cpp on the file. The way back is not written down per
+architecture. It is read off the converter: checkpoints of the same shapes whose weights are tensor numbers and element
+positions show, once converted, which checkpoint element every GGUF element comes from.
+
+Trust comes from converting the result again, which must give the file's values exactly.
+"""
+
+import json
+import re
+import shutil
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from moe2gguf.source import expert_axis, layer_of, open_source
+
+# Tensor numbers start here, positions stay below it, and float32 holds both exactly.
+FIRST_NUMBER = 2**23
+
+
+def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -> Path:
+    """Writes `hf_folder` again with the values of `gguf_path`, as float32 in one safetensors file, and returns `out_folder`."""
+    values = dequantised_tensors(gguf_path)
+    shapes = _float_shapes(hf_folder)
+    numbers = _converted(hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())})
+    positions = _converted(hf_folder, {n: torch.arange(prod(s)).reshape(s) for n, s in shapes.items()})
+    assert numbers.keys() == values.keys(), numbers.keys() ^ values.keys()
+
+    names = list(shapes)
+    flat = {name: np.full(prod(shape), np.nan, np.float32) for name, shape in shapes.items()}
+    for gguf_name, number in numbers.items():
+        if (number < FIRST_NUMBER).all():
+            continue  # made by the converter from the configuration, such as RoPE factors
+        for index in np.unique(number):
+            chosen = number == index
+            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][chosen]
+    unread = [name for name, value in flat.items() if np.isnan(value).any()]
+    assert not unread, f"the converter does not use {unread}"
+
+    shutil.copytree(hf_folder, out_folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    _write_float_checkpoint(out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names})
+    for tensor in open_source(out_folder).tensors:
+        np.testing.assert_array_equal(tensor.load(), values[tensor.name], err_msg=tensor.name)
+    return out_folder
+
+
+def dequantised_tensors(gguf_path: Path) -> dict[str, np.ndarray]:
+    """f32 values under stock names: groups joined, experts in the checkpoint's order."""
+    reader = gguf.GGUFReader(gguf_path)
+    groups: dict[str, dict[int, np.ndarray]] = {}
+    for tensor in reader.tensors:
+        match = re.fullmatch(r"(.*_exps)\.g(\d+)(\.weight)", tensor.name)
+        name, group = (match[1] + match[3], int(match[2])) if match else (tensor.name, 0)
+        shape = tuple(int(extent) for extent in reversed(tensor.shape))
+        groups.setdefault(name, {})[group] = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    tensors = {}
+    for name, parts in groups.items():
+        assert sorted(parts) == list(range(len(parts))), name
+        value = np.concatenate([parts[group] for group in sorted(parts)]) if len(parts) > 1 else parts[0]
+        order = reader.get_field(f"moe2gguf.expert_order.{layer_of(name)}")
+        if order is not None and expert_axis(name) == 0:
+            in_checkpoint_order = np.empty_like(value)
+            in_checkpoint_order[order.contents()] = value
+            value = in_checkpoint_order
+        tensors[name] = value
+    return tensors
+
+
+def _float_shapes(hf_folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the checkpoint as it would be without quantisation."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(hf_folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
+    for name in [name for name in shapes if name.endswith("_blocks")]:
+        n_expert, n_out, n_block, n_byte = shapes.pop(name)
+        del shapes[name.removesuffix("_blocks") + "_scales"]
+        shapes[name.removesuffix("_blocks")] = (n_expert, n_block * n_byte * 2, n_out)
+    return dict(sorted(shapes.items()))
+
+
+def _converted(hf_folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / hf_folder.name
+        shutil.copytree(hf_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        _write_float_checkpoint(folder, {name: tensor.float() for name, tensor in tensors.items()})
+        return {tensor.name: tensor.load() for tensor in open_source(folder).tensors}
+
+
+def _write_float_checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    assert all(tensor.numel() < FIRST_NUMBER for tensor in tensors.values())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))

@@ -1,0 +1,179 @@
+"""Tiny random MoE checkpoints, one per architecture, as save_pretrained writes them.
+
+Two layers, all weights from one seed. Each matrix is scaled by its fan-in, so activations keep their size, the router
+prefers some experts without always taking the same, and logits spread over several nats.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+
+QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = (
+    "The old lighthouse keeper counted ships until the fog came in, and then he counted 12 waves instead.",
+    "def mean(values): return sum(values) / len(values)  # of 3 or more",
+    "It's said that she'd never seen the harbour, though they're sure she'll come back to it.",
+    "Experts are chosen for each token; the router keeps the best and forgets the others.",
+)
+N_VOCAB = 320
+
+# what llama.cpp's converter registers, where transformers writes another name than the published checkpoints have
+PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
+
+COMMON: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": N_VOCAB,
+    "tie_word_embeddings": False,
+    "bos_token_id": N_VOCAB - 1,
+    "eos_token_id": N_VOCAB - 1,
+    "pad_token_id": N_VOCAB - 1,
+}
+
+
+def _options(model_type: str, hidden: int, intermediate: int, n_experts: int, top_k: int) -> dict[str, Any]:
+    """The options of the architecture's config class beside COMMON. Each row says what is special about it."""
+    experts: dict[str, Any] = {"num_experts_per_tok": top_k}
+    match model_type:
+        case "mixtral":
+            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+        case "qwen2_moe":  # a shared expert with its own gate, biases on q, k and v
+            experts |= {"num_experts": n_experts, "moe_intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {"shared_expert_intermediate_size": 2 * intermediate, "intermediate_size": 2 * intermediate}
+        case "qwen3_moe":
+            experts |= {"num_experts": n_experts, "moe_intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {"head_dim": 32, "intermediate_size": 2 * intermediate, "norm_topk_prob": True}
+        case "olmoe":  # q and k are normalised over all heads (llama.cpp: no grouped heads), the top k's weights are not
+            experts |= {"num_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 4}
+        case "deepseek_v2":  # MLA, first layer dense, two shared experts; three layers so that two have experts
+            experts |= {"n_routed_experts": n_experts, "moe_intermediate_size": intermediate, "n_shared_experts": 2}
+            experts |= {"intermediate_size": 2 * intermediate, "first_k_dense_replace": 1, "num_hidden_layers": 3}
+            experts |= {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
+            experts |= {"v_head_dim": 32, "num_key_value_heads": 4, "routed_scaling_factor": 1.5}
+        case "granitemoe":  # experts merged in the checkpoint; four multipliers
+            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+            experts |= {"attention_multiplier": 1 / 16}
+        case "phimoe":  # biases on attention, norms and output; LongRoPE
+            n_rotary = hidden // COMMON["num_attention_heads"]
+            rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256}
+            rope |= {"short_factor": [1.0] * (n_rotary // 2), "long_factor": [1.5] * (n_rotary // 2)}
+            attention_factor = math.sqrt(1 + math.log(512 / 256) / math.log(256))
+            rope |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
+            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {"attention_bias": True, "lm_head_bias": True, "rope_parameters": rope}
+        case "gpt_oss":  # biases on router and experts, attention sinks, sliding window in every second layer
+            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            # published with truncate=False, which llama.cpp's YaRN does not have: it rounds the ramp's ends to whole
+            # dimensions, and logits differ by some 0.5 % of their spread
+            rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+            rope |= {"truncate": True, "original_max_position_embeddings": 16}
+            experts |= {"head_dim": 64, "sliding_window": 32, "rope_parameters": rope}
+        case _:
+            raise ValueError(f"no tiny {model_type}")
+    return experts
+
+
+MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "granitemoe", "phimoe", "gpt_oss")
+
+
+def make_tiny(
+    model_type: str,
+    folder: Path,
+    *,
+    hidden: int = 256,
+    intermediate: int = 256,
+    n_experts: int = 8,
+    top_k: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    mxfp4: bool = False,
+    **options: Any,
+) -> Path:
+    """Writes a random checkpoint with its tokenizer into `folder`; `options` override the config class's.
+
+    `mxfp4` stores the experts of gpt_oss as its published checkpoints do.
+    """
+    common = COMMON | _options(model_type, hidden, intermediate, n_experts, top_k) | {"hidden_size": hidden}
+    config = AutoConfig.for_model(model_type, **(common | options))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _fill(model, seed)
+    model.to(dtype).save_pretrained(folder)
+    _save_tokenizer(folder, model_type)
+    if mxfp4:
+        _experts_to_mxfp4(folder)
+    if model_type in PUBLISHED_ARCHITECTURE:
+        _edit_json(folder / "config.json", architectures=[PUBLISHED_ARCHITECTURE[model_type]])
+    return folder
+
+
+def _fill(model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # experts of gpt_oss multiply from the right: (E, in, out)
+    in_axis = -2 if model.config.model_type == "gpt_oss" else -1
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1 or name.endswith("_bias"):
+                parameter.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            elif "embed_tokens" in name:
+                parameter.copy_(noise)
+            else:
+                fan_in = parameter.shape[in_axis if parameter.dim() == 3 else -1]
+                parameter.copy_(noise * (2.0 if "lm_head" in name else 1.0) / math.sqrt(fan_in))
+
+
+def _experts_to_mxfp4(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weight_ENK = tensors.pop(name).float().transpose(1, 2).contiguous().numpy()
+        blocks = gguf.quantize(weight_ENK, gguf.GGMLQuantizationType.MXFP4)
+        blocks = blocks.reshape(*weight_ENK.shape[:2], -1, 17)  # scale, then codes of elements j and j + 16 in one byte
+        codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
+        # the checkpoint pairs neighbours: elements 2j and 2j + 1
+        tensors[f"{name}_blocks"] = torch.from_numpy(codes[..., ::2] | (codes[..., 1::2] << 4))
+        tensors[f"{name}_scales"] = torch.from_numpy(blocks[..., 0].copy())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    not_converted = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    _edit_json(
+        folder / "config.json",
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": not_converted},
+    )
+
+
+def _save_tokenizer(folder: Path, model_type: str) -> None:
+    """A byte-level BPE trained on a few sentences: llama.cpp's converter cannot know the hash of its ids."""
+    tokenizer = Tokenizer(models.BPE())
+    # the converter takes a BPE for phimoe only from a GPT2Tokenizer, whose own pre-tokenizer is GPT-2's
+    split = [] if model_type == "phimoe" else [pre_tokenizers.Split(Regex(QWEN2_REGEX), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_VOCAB - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    assert len(fast) == N_VOCAB
+    fast.save_pretrained(folder)
+    if model_type == "phimoe":
+        _edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+
+
+def _edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=1))
