@@ -1,8 +1,8 @@
-"""The Hugging Face checkpoint that a GGUF file stands for: its dequantised values under the checkpoint's own names.
+"""The Hugging Face checkpoint that a GGUF file stands for: dequantised values under the checkpoint's names.
 
 transformers on that checkpoint is the oracle for llama.cpp on the file. The way back is not written down per
-architecture. It is read off the converter: checkpoints of the same shapes whose weights are tensor numbers and element
-positions show, once converted, which checkpoint element every GGUF element comes from.
+architecture. It is read off the converter: checkpoints of the same shapes whose weights are tensor numbers
+and element positions show, once converted, which checkpoint element every GGUF element comes from.
 
 Trust comes from converting the result again, which must give the file's values exactly.
 """
@@ -27,10 +27,12 @@ FIRST_NUMBER = 2**23
 
 
 def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -> Path:
-    """Writes `hf_folder` again with the values of `gguf_path`, as float32 in one safetensors file, and returns `out_folder`."""
+    """Writes `hf_folder` again as `out_folder`, with the values of `gguf_path` as float32 in one file."""
     values = dequantised_tensors(gguf_path)
     shapes = _float_shapes(hf_folder)
-    numbers = _converted(hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())})
+    numbers = _converted(
+        hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())}
+    )
     positions = _converted(hf_folder, {n: torch.arange(prod(s)).reshape(s) for n, s in shapes.items()})
     assert numbers.keys() == values.keys(), numbers.keys() ^ values.keys()
 
@@ -41,12 +43,16 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
             continue  # made by the converter from the configuration, such as RoPE factors
         for index in np.unique(number):
             chosen = number == index
-            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][chosen]
+            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[
+                gguf_name
+            ][chosen]
     unread = [name for name, value in flat.items() if np.isnan(value).any()]
     assert not unread, f"the converter does not use {unread}"
 
     shutil.copytree(hf_folder, out_folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    _write_float_checkpoint(out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names})
+    _write_float_checkpoint(
+        out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names}
+    )
     for tensor in open_source(out_folder).tensors:
         np.testing.assert_array_equal(tensor.load(), values[tensor.name], err_msg=tensor.name)
     return out_folder
@@ -79,7 +85,7 @@ def _float_shapes(hf_folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(hf_folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:
-            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
     for name in [name for name in shapes if name.endswith("_blocks")]:
         n_expert, n_out, n_block, n_byte = shapes.pop(name)
         del shapes[name.removesuffix("_blocks") + "_scales"]

@@ -1,7 +1,7 @@
 """Tiny random MoE checkpoints, one per architecture, as save_pretrained writes them.
 
-Two layers, all weights from one seed. Each matrix is scaled by its fan-in, so activations keep their size, the router
-prefers some experts without always taking the same, and logits spread over several nats.
+Two layers, all weights from one seed. Each matrix is scaled by its fan-in, so activations keep their size,
+the router prefers some experts without always taking the same, and logits spread over several nats.
 """
 
 import json
@@ -29,7 +29,7 @@ CORPUS = (
 )
 N_VOCAB = 320
 
-# what llama.cpp's converter registers, where transformers writes another name than the published checkpoints have
+# what llama.cpp's converter registers, where transformers writes another name than published checkpoints have
 PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
 
 COMMON: dict[str, Any] = {
@@ -45,26 +45,57 @@ COMMON: dict[str, Any] = {
 
 
 def _options(model_type: str, hidden: int, intermediate: int, n_experts: int, top_k: int) -> dict[str, Any]:
-    """The options of the architecture's config class beside COMMON. Each row says what is special about it."""
+    """The options of the architecture's config class beside COMMON; the comments say what is special."""
     experts: dict[str, Any] = {"num_experts_per_tok": top_k}
     match model_type:
         case "mixtral":
-            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {
+                "num_local_experts": n_experts,
+                "intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
         case "qwen2_moe":  # a shared expert with its own gate, biases on q, k and v
-            experts |= {"num_experts": n_experts, "moe_intermediate_size": intermediate, "num_key_value_heads": 2}
-            experts |= {"shared_expert_intermediate_size": 2 * intermediate, "intermediate_size": 2 * intermediate}
+            experts |= {
+                "num_experts": n_experts,
+                "moe_intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
+            experts |= {
+                "shared_expert_intermediate_size": 2 * intermediate,
+                "intermediate_size": 2 * intermediate,
+            }
         case "qwen3_moe":
-            experts |= {"num_experts": n_experts, "moe_intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {
+                "num_experts": n_experts,
+                "moe_intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
             experts |= {"head_dim": 32, "intermediate_size": 2 * intermediate, "norm_topk_prob": True}
-        case "olmoe":  # q and k are normalised over all heads (llama.cpp: no grouped heads), the top k's weights are not
+        case (
+            "olmoe"
+        ):  # q and k are normalised over all heads (llama.cpp: no grouped heads), the top k's weights are not
             experts |= {"num_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 4}
-        case "deepseek_v2":  # MLA, first layer dense, two shared experts; three layers so that two have experts
-            experts |= {"n_routed_experts": n_experts, "moe_intermediate_size": intermediate, "n_shared_experts": 2}
-            experts |= {"intermediate_size": 2 * intermediate, "first_k_dense_replace": 1, "num_hidden_layers": 3}
+        case (
+            "deepseek_v2"
+        ):  # MLA, first layer dense, two shared experts; three layers so that two have experts
+            experts |= {
+                "n_routed_experts": n_experts,
+                "moe_intermediate_size": intermediate,
+                "n_shared_experts": 2,
+            }
+            experts |= {
+                "intermediate_size": 2 * intermediate,
+                "first_k_dense_replace": 1,
+                "num_hidden_layers": 3,
+            }
             experts |= {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
             experts |= {"v_head_dim": 32, "num_key_value_heads": 4, "routed_scaling_factor": 1.5}
         case "granitemoe":  # experts merged in the checkpoint; four multipliers
-            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {
+                "num_local_experts": n_experts,
+                "intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
             experts |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
             experts |= {"attention_multiplier": 1 / 16}
         case "phimoe":  # biases on attention, norms and output; LongRoPE
@@ -73,13 +104,27 @@ def _options(model_type: str, hidden: int, intermediate: int, n_experts: int, to
             rope |= {"short_factor": [1.0] * (n_rotary // 2), "long_factor": [1.5] * (n_rotary // 2)}
             attention_factor = math.sqrt(1 + math.log(512 / 256) / math.log(256))
             rope |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
-            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
+            experts |= {
+                "num_local_experts": n_experts,
+                "intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
             experts |= {"attention_bias": True, "lm_head_bias": True, "rope_parameters": rope}
         case "gpt_oss":  # biases on router and experts, attention sinks, sliding window in every second layer
-            experts |= {"num_local_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 2}
-            # published with truncate=False, which llama.cpp's YaRN does not have: it rounds the ramp's ends to whole
-            # dimensions, and logits differ by some 0.5 % of their spread
-            rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+            experts |= {
+                "num_local_experts": n_experts,
+                "intermediate_size": intermediate,
+                "num_key_value_heads": 2,
+            }
+            # published with truncate=False, which llama.cpp's YaRN does not have: it rounds the ends of the
+            # ramp to whole dimensions
+            rope = {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            }
             rope |= {"truncate": True, "original_max_position_embeddings": 16}
             experts |= {"head_dim": 64, "sliding_window": 32, "rope_parameters": rope}
         case _:
@@ -142,7 +187,9 @@ def _experts_to_mxfp4(folder: Path) -> None:
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         weight_ENK = tensors.pop(name).float().transpose(1, 2).contiguous().numpy()
         blocks = gguf.quantize(weight_ENK, gguf.GGMLQuantizationType.MXFP4)
-        blocks = blocks.reshape(*weight_ENK.shape[:2], -1, 17)  # scale, then codes of elements j and j + 16 in one byte
+        blocks = blocks.reshape(
+            *weight_ENK.shape[:2], -1, 17
+        )  # scale, then codes of elements j and j + 16 in one byte
         codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
         # the checkpoint pairs neighbours: elements 2j and 2j + 1
         tensors[f"{name}_blocks"] = torch.from_numpy(codes[..., ::2] | (codes[..., 1::2] << 4))

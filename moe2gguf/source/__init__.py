@@ -1,7 +1,7 @@
-"""A Hugging Face MoE checkpoint as GGUF would hold it: key-values and lazy tensors, by llama.cpp's own converter.
+"""A Hugging Face MoE checkpoint as GGUF would hold it: key-values and lazy tensors, by llama.cpp's converter.
 
-Names, tokenizer, metadata, row permutations and merged experts are the converter's. Expert e of a merged tensor is the
-checkpoint's expert e. E experts, N out features, K in features.
+Names, tokenizer, metadata, row permutations and merged experts are the converter's. Expert e of a merged
+tensor is the checkpoint's expert e. E experts, N out features, K in features.
 """
 
 import re
@@ -22,10 +22,12 @@ from moe2gguf.source.lazy import evaluate
 __all__ = ["KeyValue", "Source", "SourceTensor", "expert_axis", "layer_of", "open_source", "resolve_model"]
 
 FLOAT_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16}
-EXPERT_FIRST = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b\.bias$)")
+EXPERT_FIRST = re.compile(
+    r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b\.bias$)"
+)
 
-# src/llama-quant.cpp, tensor_allows_quantization: parts of a name that keep a tensor from being quantised. Its list goes on
-# with encoders of images and sound, which a text model does not have.
+# llama.cpp src/llama-quant.cpp, tensor_allows_quantization: parts of a name that keep a tensor from being
+# quantised. Its list goes on with encoders of images and sound, which a text model does not have.
 NEVER_QUANTISED = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -42,7 +44,9 @@ NEVER_QUANTISED = (
     "attn_rel_b.weight",
     "position_embd.weight",
     "token_types.weight",
-    *(f"time_mix_{part}.weight" for part in "w0 w1 w2 v0 v1 v2 a0 a1 a2 g1 g2 decay_w1 decay_w2".split()),
+    *(f"time_mix_{letter}{index}.weight" for letter in "wvag" for index in range(3)),
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
 )
 NEVER_QUANTISED_BY_ARCH = {
     "glm5-next": (
@@ -79,7 +83,9 @@ class SourceTensor:
     quantisable: bool  # by llama-quantize's own rule; what is not is stored as F32
     load: Callable[[], np.ndarray]  # f32, C-contiguous; raises SourceError on a weight that is not finite
     native_type: gguf.GGMLQuantizationType | None = None  # a checkpoint that is MXFP4 already
-    load_native: Callable[[], np.ndarray] | None = None  # uint8 (..., bytes per row), the same values without loss
+    load_native: Callable[[], np.ndarray] | None = (
+        None  # uint8 (..., bytes per row), the same values without loss
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,9 @@ def open_source(
     tensors = tuple(_source_tensor(name, info, arch, folder) for name, info in writer.tensors[0].items())
     n_expert = values.get(f"{arch}.expert_count", 0)
     if not n_expert or not any("_exps." in tensor.name for tensor in tensors):
-        raise SourceError(f"{folder} is a dense {arch} model without experts; moe2gguf is for mixtures of experts")
+        raise SourceError(
+            f"{folder} is a dense {arch} model without experts; moe2gguf is for mixtures of experts"
+        )
     return Source(
         path=folder,
         hparams=converted.hparams,
@@ -156,7 +164,7 @@ def open_source(
 
 
 def expert_axis(name: str) -> int | None:
-    """The axis of a GGUF tensor that runs over routed experts, None if it has none (shared experts do not count)."""
+    """The axis of a GGUF tensor that runs over routed experts, None without one. Shared ones do not count."""
     return 0 if EXPERT_FIRST.search(name) else None
 
 

@@ -12,11 +12,18 @@ DEMO = "demo"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+)
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The folder of `model`: "demo" is the bundled one, else a folder, else a Hugging Face Hub id, which is downloaded.
+    """The folder of `model`: "demo" is the bundled one, else a folder, else a Hugging Face id to download.
 
     Raises SourceError if there is no such folder and no such repository, or no way to reach it.
     """
@@ -39,23 +46,27 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
-        raise SourceError(f"{hub_id} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
+        raise SourceError(f"{hub_id} is gated; accept its terms on the Hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise SourceError(f"{hub_id} is neither a folder here nor a repository that the Hub shows to you") from error
-    # the Hub's client lets errors of whichever HTTP library it uses through; all of them are OSError or ValueError
+        raise SourceError(
+            f"{hub_id} is neither a folder here nor a repository you can see on the Hub"
+        ) from error
+    # whichever HTTP library the Hub's client uses, its errors come through
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"{hub_id} is not a folder here, and downloading it from the Hub failed ({type(error).__name__}); "
+            f"{hub_id} is not a folder here, and the Hub cannot be reached for it ({type(error).__name__}); "
             "check the network or give a folder"
         ) from error
 
 
 def check_files(folder: Path) -> None:
-    """Raises SourceError unless config, tokenizer and every weight file are there, readable and of their full length."""
+    """Raises SourceError unless configuration, tokenizer and every weight file are there and whole."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise SourceError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there")
+        raise SourceError(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there"
+        )
     names_of_file: dict[str, set[str]] = {}
     if (folder / WEIGHTS_INDEX).is_file():
         for tensor_name, file_name in _json(folder / WEIGHTS_INDEX)["weight_map"].items():
@@ -66,32 +77,40 @@ def check_files(folder: Path) -> None:
         raise SourceError(f"{folder} has no model*.safetensors; convert the checkpoint to safetensors first")
     for file_name, tensor_names in sorted(names_of_file.items()):
         if not (folder / file_name).is_file():
-            raise SourceError(f"{folder / file_name} is missing, though {WEIGHTS_INDEX} names it; download it again")
+            raise SourceError(
+                f"{folder / file_name} is missing, though {WEIGHTS_INDEX} names it; download it again"
+            )
         absent = tensor_names - safetensors_names(folder / file_name)
         if absent:
             raise SourceError(
-                f"{folder / file_name} lacks {min(absent)} and {len(absent) - 1} more tensors that {WEIGHTS_INDEX} "
-                "says it holds; download both again"
+                f"{folder / file_name} lacks {min(absent)} and {len(absent) - 1} more tensors "
+                f"that {WEIGHTS_INDEX} says it holds; download both again"
             )
 
 
 def safetensors_names(file: Path) -> set[str]:
-    """The tensor names of a safetensors file. Raises SourceError if its header is corrupt or its data is cut short."""
+    """The tensor names of a safetensors file. Raises SourceError if it is corrupt or cut short."""
     found_bytes = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         needed_bytes = 8 + header_bytes
         if len(prefix) < 8 or found_bytes < needed_bytes:
-            raise SourceError(f"{file} is cut short: {found_bytes} bytes found, its header alone needs {needed_bytes}")
+            raise SourceError(
+                f"{file} is cut short: {found_bytes} bytes found, its header alone needs {needed_bytes}"
+            )
         try:
             header = json.loads(stream.read(header_bytes))
             header.pop("__metadata__", None)
             needed_bytes += max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise SourceError(f"{file} is not a safetensors file: its header is corrupt; download it again") from error
+            raise SourceError(
+                f"{file} is not a safetensors file: its header is corrupt; download it again"
+            ) from error
     if found_bytes < needed_bytes:
-        raise SourceError(f"{file} is cut short: {found_bytes} bytes found, {needed_bytes} needed; download it again")
+        raise SourceError(
+            f"{file} is cut short: {found_bytes} bytes found, {needed_bytes} needed; download it again"
+        )
     return set(header)
 
 

@@ -1,7 +1,7 @@
-"""llama.cpp's converter out of the runtime's tree, as a library: its model classes run up to the point of writing.
+"""llama.cpp's converter out of the runtime's tree, as a library: its model classes run up to the writing.
 
-With no path, gguf's writer only records: key-values, and tensors that are still lazy. Nothing here calls its write methods,
-so no intermediate file exists.
+With no path, gguf's writer only records: key-values, and tensors that are still lazy. Nothing here calls its
+methods that write, so no intermediate file exists.
 """
 
 import difflib
@@ -29,11 +29,16 @@ CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
 
 
 def convert_lazily(
-    folder: Path, *, pre_tokenizer: str | None, model_name: str | None, metadata_file: Path | None, verbose: bool
+    folder: Path,
+    *,
+    pre_tokenizer: str | None,
+    model_name: str | None,
+    metadata_file: Path | None,
+    verbose: bool,
 ) -> Any:
     """A ModelBase of the converter whose gguf_writer has recorded everything that it would write.
 
-    Raises SourceError if the architecture or the tokenizer is unknown or the converter rejects the checkpoint.
+    Raises SourceError if architecture or tokenizer are unknown or the converter rejects the checkpoint.
     """
     with _quiet(verbose), torch.inference_mode():
         conversion = _import_conversion()
@@ -43,10 +48,16 @@ def convert_lazily(
         try:
             # ALL_F32 because it loses nothing: the type each tensor gets is decided later, by us
             model = model_class(
-                folder, gguf.LlamaFileType.ALL_F32, folder, model_name=model_name, metadata_override=metadata_file
+                folder,
+                gguf.LlamaFileType.ALL_F32,
+                folder,
+                model_name=model_name,
+                metadata_override=metadata_file,
             )
             if _needs_all_weights(model.hparams):
-                raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
+                raise SourceError(
+                    f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original"
+                )
             by_hash = model.get_vocab_base_pre
             model.get_vocab_base_pre = lambda tokenizer: _pre_tokenizer(
                 tokenizer, folder, pre_tokenizer, by_hash, model_class
@@ -55,11 +66,10 @@ def convert_lazily(
             model.prepare_metadata(vocab_only=False)
         except SourceError:
             raise
-        # the converter checks its input with assertions and whatever its libraries raise: all mean "not this checkpoint"
+        # assertions, and whatever the libraries underneath raise: all of it means "not this checkpoint"
         except Exception as error:
-            raise SourceError(
-                f"llama.cpp's converter cannot read {folder}: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise SourceError(f"llama.cpp's converter cannot read {folder}: {reason}") from error
     return model
 
 
@@ -103,7 +113,9 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf_architecture = conversion.get_model_architecture(config, conversion.ModelType.TEXT)
     except ValueError as error:
-        raise SourceError(f"{folder / 'config.json'} names no architecture that can be read: {error}") from error
+        raise SourceError(
+            f"{folder / 'config.json'} names no architecture that can be read: {error}"
+        ) from error
     try:
         return conversion.get_model_class(hf_architecture)
     except NotImplementedError as error:
@@ -111,12 +123,12 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
         raise SourceError(
             f"{folder} is a {hf_architecture}, which llama.cpp's converter does not know"
             + (f" (close: {', '.join(close)})" if close else "")
-            + f"; `python {_converter_tree() / 'convert_hf_to_gguf.py'} --print-supported-models` lists those it does"
+            + f"; `python {_converter_tree() / 'convert_hf_to_gguf.py'} --print-supported-models` lists all"
         ) from error
 
 
 def _needs_all_weights(hparams: dict[str, Any]) -> bool:
-    """NVFP4 sources are repacked by the converter while it opens them: the whole model would be read into memory."""
+    """The converter repacks NVFP4 while it opens a checkpoint: the whole model would be in memory."""
     return "NVFP4" in json.dumps(hparams.get("quantization_config") or {}).upper()
 
 
@@ -131,13 +143,17 @@ def _pre_tokenizer(tokenizer: Any, folder: Path, override: str | None, by_hash: 
     text = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.backend_tokenizer.to_str()
     name = pre_tokenizer_name(json.loads(text))
     if name is None:
-        raise _unknown_pre_tokenizer(f"the BPE pre-tokenizer of {folder} is not one that llama.cpp has", model_class)
+        raise _unknown_pre_tokenizer(
+            f"the BPE pre-tokenizer of {folder} is not one that llama.cpp has", model_class
+        )
     return name
 
 
 def _unknown_pre_tokenizer(problem: str, model_class: Any) -> SourceError:
     names = ", ".join(known_pre_tokenizers(model_class))
-    return SourceError(f"{problem}; name the one that splits text alike with --pre-tokenizer NAME, out of {names}")
+    return SourceError(
+        f"{problem}; name the one that splits text alike with --pre-tokenizer NAME, out of {names}"
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Evaluation of the converter's lazy tensors, one at a time and without keeping anything.
 
-gguf's own `to_eager` stores every intermediate result in its node: after a pass over all tensors the whole model would be in
-memory. This walks the same graph and stores nothing beyond one call.
+gguf's own `to_eager` stores every intermediate result in its node: after a pass over all tensors the whole
+model would be in memory. This walks the same graph and stores nothing beyond one call.
 """
 
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 def evaluate(lazy: Any) -> np.ndarray:
     """The values of a lazy or ordinary array. Nothing is cached: a second call reads the checkpoint again."""
     if isinstance(lazy, gguf.LazyChunkedTensor):
-        return np.concatenate([np.asarray(load_chunk()) for load_chunk in lazy._chunks]).reshape(lazy.shape)
+        chunks = [np.asarray(load_chunk(), dtype=np.float32) for load_chunk in lazy._chunks]
+        return np.concatenate(chunks).reshape(lazy.shape)
     with torch.inference_mode():
         return _evaluate(lazy, {})
 
 
 def _evaluate(value: Any, seen: dict[int, Any]) -> Any:
-    """`seen` maps the nodes of this one call to their values: a node that several others use is computed once."""
+    """`seen` maps nodes to values within one call: a node that several others use is computed once."""
     if isinstance(value, (list, tuple)):
         return type(value)(_evaluate(item, seen) for item in value)
     if not isinstance(value, gguf.LazyBase):

@@ -1,8 +1,8 @@
 """Which of llama.cpp's BPE pre-tokenizers a tokenizer.json describes.
 
-llama.cpp's converter recognises a pre-tokenizer by a hash over token ids, so every newly trained or fine-tuned
-vocabulary is unknown to it although its splitting regexes are a known family's. Here the regexes themselves are
-compared, exactly. The names are those that llama-vocab.cpp takes in tokenizer.ggml.pre.
+llama.cpp's converter recognises a pre-tokenizer by a hash over token ids, so a newly trained or fine-tuned
+vocabulary is unknown to it although its splitting regexes are a known family's. Here the regexes themselves
+are compared, exactly. The names are those that llama-vocab.cpp takes in tokenizer.ggml.pre.
 """
 
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 # Pieces of the regexes below, as the families write them in tokenizer.json.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 END_OF_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 CASED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 CAPITALISED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 SYMBOLS_AND_LINES = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{END_OF_LINES}"
 
 # what `tokenizers` applies for ByteLevel(use_regex=True).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{END_OF_LINES}"
-QWEN2 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{END_OF_LINES}"
+LLAMA3 = rf"{CONTRACTIONS}|{WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{END_OF_LINES}"
+QWEN2 = rf"{CONTRACTIONS}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{END_OF_LINES}"
 QWEN35 = (
     rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{END_OF_LINES}"
@@ -27,8 +28,10 @@ TEKKEN = rf"{CASED_WORD}|{CAPITALISED_WORD}|\p{{N}}|{SYMBOLS_AND_LINES}"
 DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{END_OF_LINES}",
+    (
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{END_OF_LINES}"
+    ),
 )
 # cased letters, as ranges
 DEEPSEEK_LETTERS = (
@@ -50,7 +53,7 @@ NEWLINE, TRAILING_SPACE = r"[\r\n]", r"\s+$"
 DIGIT, DIGITS, THREE_DIGITS = r"\p{N}", r"\p{N}+", "[0-9][0-9][0-9]"
 PUNCTUATION = r"\p{P}+"
 
-# splitting steps -> name where merges are not ignored, name where they are (a word that is itself a token then stays whole)
+# splitting steps -> name where merges decide, name where they are ignored for words that are tokens
 NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
     (GPT2,): ("gpt-2", None),
     (DIGIT, GPT2): ("starcoder", None),
@@ -74,7 +77,7 @@ NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
 
 
 def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str | None:
-    """llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.json, None if it is not one we know."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.json, None if unknown."""
     model = tokenizer_json.get("model") or {}
     if model.get("type") != "BPE" or not _keeps_text(tokenizer_json.get("normalizer")):
         return None
@@ -88,7 +91,7 @@ def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str | None:
 
 
 def _keeps_text(normalizer: dict[str, Any] | None) -> bool:
-    """llama.cpp does not normalise for BPE; NFC, which leaves ordinary text alone, is what it disregards too."""
+    """Whether a normalizer may be left out, as llama.cpp does for BPE: NFC does nothing to ordinary text."""
     if normalizer is None or normalizer["type"] == "NFC":
         return True
     return normalizer["type"] == "Sequence" and all(_keeps_text(part) for part in normalizer["normalizers"])
@@ -102,13 +105,15 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
             if any(steps is None for steps in steps_of_parts):
                 return None
             return tuple(step for steps in steps_of_parts for step in steps or ())
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return (GPT2,) if pre_tokenizer.get("use_regex", True) else ()
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+            return ()
+        case {"type": "ByteLevel", "add_prefix_space": False}:  # older files leave use_regex out
+            return (GPT2,)
         case {"type": "Digits", "individual_digits": individual}:
             return (DIGIT if individual else DIGITS,)
         case {"type": "Punctuation", "behavior": "Contiguous"}:
             return (PUNCTUATION,)
-        # "removed, inverted" keeps the matches and drops what lies between: the same wherever the regex covers all text
+        # "removed, inverted" drops what lies between the matches: nothing, where the regex covers all text
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} | {
             "type": "Split",
             "pattern": {"Regex": regex},
