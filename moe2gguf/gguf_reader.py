@@ -1,8 +1,8 @@
 """Read a GGUF file's key-values and tensor table: one file, or all the shards of a split one.
 
-gguf-py's reader makes an array object for every token of the vocabulary (seconds for a large one) and answers a
-truncated file with an exception from numpy. This one walks the header once and says in a sentence what is wrong.
-The layout is documented in llama.cpp's `ggml/include/gguf.h`.
+gguf-py's reader makes an array object for every token of the vocabulary (seconds for a large one) and answers
+a truncated file with an exception from numpy. This one walks the header once and says in a sentence what is
+wrong. The layout is documented in llama.cpp's `ggml/include/gguf.h`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SCALARS: dict[gguf.GGUFValueType, np.dtype] = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One entry of the tensor table. `shape` is in numpy order (rows last), `offset` counts bytes from the file's start."""
+    """One entry of the tensor table. `shape` is in numpy order, `offset` in bytes from the file's start."""
 
     name: str
     type: gguf.GGMLQuantizationType
@@ -56,7 +56,7 @@ class GgufTensor:
         return self.n_params // block_size * block_bytes
 
     def blocks(self) -> np.ndarray:
-        """The stored bytes, uint8 (*shape[:-1], bytes per row): a read-only memory map that lives as long as the array."""
+        """The stored bytes, uint8 (*shape[:-1], bytes per row): a read-only memory map."""
         data = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.n_bytes,))
         return data.reshape(*self.shape[:-1], -1)
 
@@ -74,7 +74,7 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture` without the suffix that marks a file with grouped experts: the prefix of its keys."""
+        """`general.architecture` without the suffix of grouped files: the prefix of the file's keys."""
         return str(self.kv.get("general.architecture", "")).removesuffix("+grouped")
 
     @property
@@ -112,10 +112,12 @@ def read_gguf(path: str | Path) -> GgufFile:
     match = _SHARD_NAME.fullmatch(path.name)
     if match is None:
         raise FileFormatError(
-            f"{path} is one of {n_shards} shards but is not called NAME-00001-of-{n_shards:05}.gguf, so the others "
-            f"cannot be found; give it back its name"
+            f"{path} is one of {n_shards} shards but is not called NAME-00001-of-{n_shards:05}.gguf, so the "
+            f"others cannot be found; give it back its name"
         )
-    paths = tuple(path.with_name(f"{match['prefix']}-{i + 1:05}-of-{n_shards:05}.gguf") for i in range(n_shards))
+    paths = tuple(
+        path.with_name(f"{match['prefix']}-{i + 1:05}-of-{n_shards:05}.gguf") for i in range(n_shards)
+    )
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         raise FileFormatError(f"{path} has {n_shards} shards, and {', '.join(missing)} is not beside it")
@@ -127,7 +129,9 @@ def read_gguf(path: str | Path) -> GgufFile:
 
 def _read_one(path: Path) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
     if not path.is_file():
-        raise FileFormatError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; a GGUF file is needed")
+        raise FileFormatError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}; a GGUF file is needed"
+        )
     n_file_bytes = path.stat().st_size
     if n_file_bytes < 4:
         raise FileFormatError(f"{path} has {n_file_bytes} bytes; it is no GGUF file")
@@ -151,7 +155,9 @@ def _read_one(path: Path) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
         if alignment <= 0 or alignment & (alignment - 1):
             raise FileFormatError(f"{path} has an alignment of {alignment} bytes; a power of two is needed")
         data_start = -(-cursor.offset // alignment) * alignment
-    tensors = tuple(GgufTensor(name, type_, shape, path, data_start + start) for name, type_, shape, start in infos)
+    tensors = tuple(
+        GgufTensor(name, type_, shape, path, data_start + offset) for name, type_, shape, offset in infos
+    )
     for tensor in tensors:
         end = tensor.offset + tensor.n_bytes
         if end > n_file_bytes:
@@ -203,7 +209,9 @@ class _Cursor:
         try:
             return gguf.GGUFValueType(raw)
         except ValueError:
-            raise FileFormatError(f"{self.path} is damaged: value type {raw} at byte {self.offset - 4}") from None
+            raise FileFormatError(
+                f"{self.path} is damaged: value type {raw} at byte {self.offset - 4}"
+            ) from None
 
     def value(self, type_: gguf.GGUFValueType) -> Any:
         if type_ == gguf.GGUFValueType.STRING:
@@ -225,7 +233,9 @@ class _Cursor:
         name = self.string()
         n_dims = self.number("<I")
         if n_dims > _MAX_DIMS:
-            raise FileFormatError(f"{self.path}: tensor {name} has {n_dims} dimensions; GGUF allows {_MAX_DIMS}")
+            raise FileFormatError(
+                f"{self.path}: tensor {name} has {n_dims} dimensions; GGUF allows {_MAX_DIMS}"
+            )
         shape = tuple(reversed([self.number("<Q") for _ in range(n_dims)]))
         raw_type, start = self.number("<I"), self.number("<Q")
         try:
@@ -237,8 +247,8 @@ class _Cursor:
         block_size = gguf.GGML_QUANT_SIZES[type_][0]
         if shape and shape[-1] % block_size:
             raise FileFormatError(
-                f"{self.path}: tensor {name} has rows of {shape[-1]} weights, not a multiple of {type_.name}'s "
-                f"block of {block_size}"
+                f"{self.path}: tensor {name} has rows of {shape[-1]} weights, not a multiple of "
+                f"{type_.name}'s block of {block_size}"
             )
         return name, type_, shape, start
 

@@ -69,7 +69,9 @@ class Projection:
 class Layer:
     index: int
     projections: tuple[Projection, ...]
-    expert_order: tuple[int, ...] | None  # position in the file -> checkpoint expert; None: the checkpoint's order
+    expert_order: (
+        tuple[int, ...] | None
+    )  # position in the file -> checkpoint expert; None: as in the checkpoint
 
     @property
     def bits_per_weight(self) -> float:
@@ -77,12 +79,12 @@ class Layer:
         return sum(g.n_bytes for g in groups) * 8 / sum(g.n_params for g in groups)
 
     def checkpoint_types(self, projection: Projection) -> tuple[gguf.GGMLQuantizationType, ...]:
-        """The type of each checkpoint expert. Raises FileFormatError where the stored order is no permutation."""
+        """The type of each checkpoint expert. Raises FileFormatError if the order is no permutation."""
         order = self.expert_order or tuple(range(projection.n_experts))
         if sorted(order) != list(range(projection.n_experts)):
             raise FileFormatError(
-                f"moe2gguf.expert_order.{self.index} is no permutation of the {projection.n_experts} experts of layer "
-                f"{self.index}; the file is damaged, convert it again"
+                f"moe2gguf.expert_order.{self.index} is no permutation of the {projection.n_experts} "
+                f"experts of layer {self.index}; the file is damaged, convert it again"
             )
         by_expert = dict(zip(order, projection.types, strict=True))
         return tuple(by_expert[e] for e in range(projection.n_experts))
@@ -147,7 +149,8 @@ def inspect_file(path: str | Path) -> FileReport:
         provenance={
             key: value
             for key, value in file.kv.items()
-            if key.startswith(("moe2gguf.", "quantize.imatrix.")) and not key.startswith("moe2gguf.expert_order.")
+            if key.startswith(("moe2gguf.", "quantize.imatrix."))
+            and not key.startswith("moe2gguf.expert_order.")
         },
     )
 
@@ -188,24 +191,17 @@ def _roles(tensors: tuple[GgufTensor, ...]) -> tuple[Role, ...]:
         for tensor in members:
             params_by_type[tensor.type] = params_by_type.get(tensor.type, 0) + tensor.n_params
         types = sorted(params_by_type, key=lambda t: (-params_by_type[t], t.name))
-        roles.append(
-            Role(
-                name, len(members), sum(params_by_type.values()), sum(t.n_bytes for t in members), tuple(types)
-            )
-        )
+        n_params, n_bytes = sum(params_by_type.values()), sum(t.n_bytes for t in members)
+        roles.append(Role(name, len(members), n_params, n_bytes, tuple(types)))
     return tuple(roles)
 
 
 def format_bytes(n_bytes: int) -> str:
     """Three significant digits and a binary unit: 5.39 MiB."""
-    value = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            break
-        value /= 1024
-    else:
-        unit = "GiB"
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+    power = min(3, max(0, n_bytes.bit_length() - 1) // 10)
+    value = n_bytes / 1024**power
+    unit = ("B", "KiB", "MiB", "GiB")[power]
+    return f"{value:.0f} {unit}" if power == 0 or value >= 100 else f"{value:.3g} {unit}"
 
 
 def format_runs(projection: Projection) -> str:
@@ -243,7 +239,9 @@ def _render_head(report: FileReport) -> Table:
 
 
 def _render_roles(report: FileReport) -> Table:
-    table = Table(title="Bytes by role", title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(
+        title="Bytes by role", title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
     table.add_column("role")
     for header in ("tensors", "parameters", "bytes", "share", "bits/weight"):
         table.add_column(header, justify="right")
@@ -262,8 +260,10 @@ def _render_roles(report: FileReport) -> Table:
 
 
 def merged_projections(report: FileReport) -> list[tuple[str, str]]:
-    """(label, projection name) of the columns worth showing: gate and up are one column where they agree everywhere."""
-    names = [n for n in ("gate", "up", "gate_up", "down") if any(_projection(layer, n) for layer in report.layers)]
+    """(label, projection name) of the columns worth showing: gate and up are one where they agree."""
+    names = [
+        n for n in ("gate", "up", "gate_up", "down") if any(_projection(layer, n) for layer in report.layers)
+    ]
     pairs = [(_projection(layer, "gate"), _projection(layer, "up")) for layer in report.layers]
     if all(gate and up and gate.types == up.types for gate, up in pairs):
         names.remove("up")

@@ -1,4 +1,4 @@
-"""The bit-width heat-map of a file: layer × expert, one panel per projection. Needs matplotlib, only when called."""
+"""The bit-width heat-map of a file: layer × expert, one panel per projection."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ _PANEL_WIDTH_INCHES = 7.0
 _PANEL_HEIGHT_INCHES = 8.0
 _GAP_INCHES = 0.55  # holds tick labels and an axis title
 _HEAD_INCHES = 0.62
-_FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # metadata without time or version
+# metadata without time or version
+_FORMATS: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 
 
 def plot_bits(report: FileReport, path: str | Path) -> None:
     """Writes the heat-map to `path`, a .png or .svg. The same report gives the same bytes.
 
-    Experts are in the checkpoint's order, so two files of one model compare cell by cell. Raises OutputError for
-    another extension, for a file without experts, and where matplotlib is missing.
+    Experts are in the checkpoint's order, so two files of one model compare cell by cell. Raises OutputError
+    for another extension, for a file without experts, and where matplotlib is missing.
     """
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
-        raise OutputError(f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg")
+        raise OutputError(
+            f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg"
+        )
     if not report.layers:
         raise OutputError(f"{report.paths[0]} has no expert tensors, so there is no heat-map to draw")
     try:
@@ -55,8 +61,8 @@ def plot_bits(report: FileReport, path: str | Path) -> None:
 def type_shades(types: set[gguf.GGMLQuantizationType]) -> dict[gguf.GGMLQuantizationType, float]:
     """Types, fewest bits first, to a place on the colour scale, 0 … 1.
 
-    Half the distance is the type's rank, so that types of nearly or exactly equal size (IQ3_S, Q3_K) still differ; half
-    is its bits per weight, so that a large step in size looks large.
+    Half the distance is the type's rank, so that types of nearly or exactly equal size (IQ3_S, Q3_K) still
+    differ; half is its bits per weight, so that a large step in size looks large.
     """
     ordered = sorted(types, key=lambda t: (bits_per_weight(t), t.name))
     bits = np.array([bits_per_weight(t) for t in ordered])
@@ -84,7 +90,7 @@ def draw_bits(report: FileReport) -> Figure:
 
     cell_inches = min(_PANEL_WIDTH_INCHES / n_experts, _PANEL_HEIGHT_INCHES / n_rows, 0.30)
     panel_width, panel_height = cell_inches * n_experts, cell_inches * n_rows
-    columns = len(panels) if n_rows > n_experts else 1  # tall panels stand side by side, wide ones are stacked
+    columns = len(panels) if n_rows > n_experts else 1  # tall panels side by side, wide ones below each other
     rows = len(panels) // columns
     width = columns * (panel_width + _GAP_INCHES)
     height = _HEAD_INCHES + rows * (panel_height + _GAP_INCHES)
@@ -121,7 +127,7 @@ def draw_bits(report: FileReport) -> Figure:
         loc="lower left",
         bbox_to_anchor=(0.0, (height - _HEAD_INCHES + 0.25) / height),
         ncols=max(1, min(len(handles), int(width / 1.2))),
-        title=f"{report.name}: {report.bits_per_weight:.2f} bits per weight over the file, each expert by type:",
+        title=f"{report.name}: {report.bits_per_weight:.2f} bits per weight over the file; experts by type:",
         title_fontsize=9,
         alignment="left",
         frameon=False,
@@ -132,7 +138,9 @@ def draw_bits(report: FileReport) -> Figure:
     return figure
 
 
-def _row(layer: Layer, name: str, n_experts: int, index_of: dict[gguf.GGMLQuantizationType, int]) -> np.ndarray:
+def _row(
+    layer: Layer, name: str, n_experts: int, index_of: dict[gguf.GGMLQuantizationType, int]
+) -> np.ndarray:
     """(n_experts,) index into the list of types; NaN where this layer has no such expert."""
     row = np.full(n_experts, np.nan)
     for projection in layer.projections:
@@ -146,7 +154,8 @@ def _ticks(axes, n_experts: int, n_rows: int, first: int) -> None:
     step_x = next(s for s in (1, 2, 4, 8, 16, 32, 64) if n_experts / s <= 20 or s == 64)
     step_y = next(s for s in (1, 2, 4, 8, 16, 32) if n_rows / s <= 14 or s == 32)
     axes.set_xticks(np.arange(0, n_experts, step_x))
-    axes.set_yticks(np.arange(-first % step_y, n_rows, step_y), np.arange(first + (-first % step_y), first + n_rows, step_y))
+    ticks_y = np.arange(-first % step_y, n_rows, step_y)
+    axes.set_yticks(ticks_y, first + ticks_y)
     # thin white lines between the cells, drawn as minor grid
     axes.set_xticks(np.arange(0.5, n_experts - 1), minor=True)
     axes.set_yticks(np.arange(0.5, n_rows - 1), minor=True)
