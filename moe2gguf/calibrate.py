@@ -1,0 +1,176 @@
+"""One pass over the checkpoint: what the experts see, what each type would break, and how much the model minds.
+
+Layer by layer, on the full-precision stream, three things are gathered while the layer is in memory: statistics and
+importance (here), output errors of the candidate types (measure.py), probes of the KL divergence (probes.py).
+
+Shapes: S sequences, L tokens of each, T = S·L tokens, D hidden, I intermediate, E experts, K selected per token,
+J candidate types, n tokens of one expert or of a sample.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from moe2gguf.capture import LayerCapture, MatrixCapture, layer_sample, tokens_of
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.measure import Measure
+from moe2gguf.probes import Probes
+from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
+from moe2gguf.stream import LayerStream
+from moe2gguf.text import CalibrationText
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+RATIO_BINS = 64
+NORM_QUANTILES = 101
+# enough tokens to fill the cores, few enough that one batch's activations stay small beside the layer
+BATCH_TOKENS = 4096
+
+
+@torch.inference_mode()
+def calibrate(
+    stream: LayerStream,
+    text: CalibrationText,
+    types: tuple[QuantType, ...],
+    *,
+    source_sha256: str,
+    request: str,
+    n_probe_tokens: int,
+    n_threads: int,
+    seed: int,
+    progress: Progress,
+) -> CalibrationStats:
+    """Runs all of the text through the model once, and its first n_probe_tokens through the probes."""
+    tokens_SL = torch.from_numpy(text.tokens_SL)
+    n_sequences, length = tokens_SL.shape
+    rng = np.random.default_rng(seed)
+    batch_sequences = max(1, BATCH_TOKENS // length)
+    n_probe_sequences = min(n_sequences, max(1, n_probe_tokens // length))
+    layers: dict[int, ExpertStats] = {}
+    importance: dict[str, np.ndarray] = {}
+    error_EJ: dict[str, np.ndarray] = {}
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        measure = Measure(types, pool)
+        probes = Probes(stream, pool, batch_sequences, tokens_SL[:n_probe_sequences])
+        embedding_VD = stream.embedding_VD.numpy()
+        share_V = np.bincount(text.tokens_SL.ravel(), minlength=len(embedding_VD)) / text.tokens_SL.size
+        error_EJ["embed_tokens"] = measure.embedding(embedding_VD, share_V, rng)
+
+        hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
+        for index in range(stream.n_layers):
+
+            def step(what: str, done: int, total: int, index: int = index) -> None:
+                progress(f"layer {index + 1}/{stream.n_layers}: {what}", done, total)
+
+            with stream.layer(index) as layer:
+                block = find_experts(layer)
+                capture = LayerCapture(layer, block)
+                with capture.listening():
+                    for start in range(0, n_sequences, batch_sequences):
+                        step("statistics", start, n_sequences)
+                        batch = hidden_SLD[start : start + batch_sequences]
+                        batch.copy_(stream.run(index, layer, batch))
+                probes.advance(index, layer, lambda done, total: step("probes", done, total))  # noqa: B023
+                for path, matrix in capture.matrices.items():
+                    name = f"layers.{index}.{path}"
+                    importance[name] = matrix.importance_K()
+                    error_EJ[name] = measure.matrix(matrix, rng)
+                    probes.branch_matrix(index, layer, name, matrix)
+                if block is not None:
+                    stats = expert_statistics(block, capture, n_sequences)
+                    layers[index] = stats
+                    error_EJ[f"layers.{index}.gate_up"], error_EJ[f"layers.{index}.down"] = measure.experts(
+                        block, capture, stats, rng, lambda done, total: step("errors", done, total)  # noqa: B023
+                    )
+                    probes.branch_experts(index, layer, block, stats)
+                probes.pass_layer(index, layer)
+
+        head = MatrixCapture(stream.head)
+        with head.listening():
+            for batch in hidden_SLD.split(batch_sequences):
+                # the head's inputs are what the final norm makes of the stream; a part of it is sample enough
+                stream.logits(batch[:, -length // 8 :])
+        importance["lm_head"] = head.importance_K()
+        error_EJ["lm_head"] = measure.matrix(head, rng)
+        found = probes.finish(head, lambda done, total: progress("probes: KL divergence", done, total))
+
+    return CalibrationStats(
+        types=types,
+        source_sha256=source_sha256,
+        n_tokens=tokens_SL.numel(),
+        n_probe_tokens=n_probe_sequences * length,
+        seed=seed,
+        text=text.origin,
+        digest=text.digest,
+        request=request,
+        layers=layers,
+        importance=importance,
+        errors={
+            name: MatrixErrors(
+                error_EJ[name], tuple(p.quant_type for p in kls), np.array([p.kl for p in kls], np.float64)
+            )
+            for name, kls in found.items()
+        },
+    )
+
+
+def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:
+    """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE; ALGORITHMS 1.1)."""
+    x_TD, ids_TK, gates_TK = capture.routed()
+    n_experts, n_selected = block.n_experts, ids_TK.shape[1]
+    probability_TE = torch.softmax(x_TD @ block.router_ED.T, dim=-1)
+    sample_nD, sample_probability_nE = layer_sample(block, x_TD)
+    layer_sq_D = x_TD.square().mean(0)
+
+    counts_SE = torch.zeros(n_sequences, n_experts, dtype=torch.int32)
+    sequence_TK = torch.arange(len(ids_TK))[:, None].expand_as(ids_TK) // (len(ids_TK) // n_sequences)
+    counts_SE.index_put_((sequence_TK, ids_TK), torch.ones_like(ids_TK, dtype=torch.int32), accumulate=True)
+
+    sorted_TK = gates_TK.sort(dim=-1, descending=True).values
+    ratios_TK = sorted_TK[:, 1:] / sorted_TK[:, :1].clamp_min(1e-20)
+    ratio_histogram = np.zeros((n_selected - 1, RATIO_BINS), np.int64)
+    for k in range(n_selected - 1):
+        ratio_histogram[k] = torch.histc(ratios_TK[:, k], RATIO_BINS, 0, 1).numpy()
+
+    gate_sum_E, softmax_sum_E, output_norm_E, gated_norm_E = np.zeros((4, n_experts))
+    importance_gate_up_ED = np.zeros((n_experts, x_TD.shape[1]), np.float32)
+    importance_down_EI = np.zeros((n_experts, block.n_intermediate), np.float32)
+    for expert in range(n_experts):
+        tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
+        x_nD = x_TD[tokens_n]
+        hidden_nI = block.activation(expert, x_nD)
+        norm_n = block.output(expert, hidden_nI).norm(dim=-1)
+        gate_sum_E[expert] = gates_n.sum()
+        softmax_sum_E[expert] = probability_TE[tokens_n, expert].sum()
+        output_norm_E[expert] = norm_n.sum() / max(len(tokens_n), 1)
+        gated_norm_E[expert] = (gates_n * norm_n).sum() / max(len(tokens_n), 1)
+        importance_gate_up_ED[expert] = shrunk_importance(x_nD, gates_n, layer_sq_D)
+        sample_sq_I = _weighted_mean_square(block.activation(expert, sample_nD), sample_probability_nE[:, expert])
+        importance_down_EI[expert] = shrunk_importance(hidden_nI, gates_n, sample_sq_I)
+    quantiles = np.quantile(x_TD.abs().sum(-1).numpy(), np.linspace(0, 1, NORM_QUANTILES))
+    return ExpertStats(
+        n_tokens_E=torch.bincount(ids_TK.flatten(), minlength=n_experts).numpy(),
+        gate_sum_E=gate_sum_E,
+        softmax_sum_E=softmax_sum_E,
+        counts_SE=counts_SE.numpy(),
+        ratio_histogram=ratio_histogram,
+        token_norm_quantiles=quantiles.astype(np.float32),
+        output_norm_E=output_norm_E.astype(np.float32),
+        gated_norm_E=gated_norm_E.astype(np.float32),
+        importance_gate_up_ED=importance_gate_up_ED,
+        importance_down_EI=importance_down_EI,
+    )
+
+
+def shrunk_importance(x_nK: torch.Tensor, gates_n: torch.Tensor, layer_sq_K: torch.Tensor) -> torch.Tensor:
+    """Diagonal of (n·H_e + n₀·H_layer) / (n + n₀): both are means, the expert's weighted by its gate. -> f32 (K,)"""
+    n = len(gates_n)
+    return (n * _weighted_mean_square(x_nK, gates_n) + SHRINKAGE_TOKENS * layer_sq_K) / (n + SHRINKAGE_TOKENS)
+
+
+def _weighted_mean_square(x_nK: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:
+    return (weight_n @ x_nK.square()) / weight_n.sum().clamp_min(1e-20)

@@ -1,0 +1,104 @@
+"""Hooks on one decoder layer: the inputs of its matrices and everything its experts are given.
+
+Shapes: T tokens, K selected experts per token or columns of a matrix, D hidden, E experts, n sampled tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe2gguf.experts import ExpertBlock
+
+# how many tokens of each batch, or of a layer, are kept as a sample
+LAYER_SAMPLE_TOKENS = 64
+
+
+class MatrixCapture:
+    """One linear module beside the experts: sums x² over all tokens, keeps a sample of its inputs."""
+
+    def __init__(self, module: nn.Linear):
+        self.module = module
+        self._sq_sum_K = torch.zeros(module.weight.shape[1], dtype=torch.float64)
+        self._n_tokens = 0
+        self._samples: list[torch.Tensor] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handle = self.module.register_forward_pre_hook(self.see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def see(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x_TK = args[0].reshape(-1, args[0].shape[-1])
+        self._sq_sum_K += x_TK.square().sum(0)
+        self._n_tokens += len(x_TK)
+        # off the first tokens of sequences, whose states are unlike all others
+        stride = max(1, len(x_TK) // LAYER_SAMPLE_TOKENS)
+        self._samples.append(x_TK[stride // 2 :: stride].clone())
+
+    def importance_K(self) -> np.ndarray:
+        return (self._sq_sum_K / max(self._n_tokens, 1)).float().numpy()
+
+    def sample_nK(self) -> torch.Tensor:
+        return torch.cat(self._samples)
+
+
+class LayerCapture:
+    """Hooks on one decoder layer: inputs of its linear modules, and everything its experts are given."""
+
+    def __init__(self, layer: nn.Module, block: ExpertBlock | None):
+        self.matrices = {
+            name: MatrixCapture(module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)
+        }
+        if block is not None:
+            # routers built on nn.Linear are not quantised
+            self.matrices = {n: m for n, m in self.matrices.items() if m.module.weight is not block.router_ED}
+        self._block = block
+        self._x: list[torch.Tensor] = []
+        self._ids: list[torch.Tensor] = []
+        self._gates: list[torch.Tensor] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()]
+        if self._block is not None:
+            handles.append(self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see_experts(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # every experts module takes hidden states, ids and gate weights, in this order, under various names
+        hidden, ids, gates = (*args, *kwargs.values())[:3]
+        self._x.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+        self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
+        self._gates.append(gates.reshape(-1, gates.shape[-1]).float().clone())
+
+    def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x f32 (T, D), ids i64 (T, K), gate weights as applied f32 (T, K)."""
+        return torch.cat(self._x), torch.cat(self._ids), torch.cat(self._gates)
+
+
+def tokens_of(
+    expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens an expert was routed, i64 (n,), and with what gate weights, f32 (n,)."""
+    token_n, slot_n = torch.where(ids_TK == expert)
+    return token_n, gates_TK[token_n, slot_n]
+
+
+def layer_sample(block: ExpertBlock, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the whole layer, f32 (n, D), and every expert's softmax probability there, f32 (n, E).
+
+    They stand in where an expert has seen too little: it is run on tokens it did not win.
+    """
+    stride = max(1, len(x_TD) // LAYER_SAMPLE_TOKENS)
+    sample_nD = x_TD[stride // 2 :: stride]
+    return sample_nD, torch.softmax(sample_nD @ block.router_ED.T, dim=-1)

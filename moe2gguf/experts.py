@@ -1,0 +1,105 @@
+"""One layer's experts as transformers holds them, behind plain (rows, columns) matrices.
+
+transformers 5 fuses the experts of some seventy architectures into gate_up_proj and down_proj, whose layout
+(transposed, interleaved, biased) the module itself declares. Here every matrix is (features out, features in) and gate
+rows come before up rows, which is also the order in the GGUF.
+
+Shapes: E experts, I intermediate, D hidden, n tokens of one expert.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from moe2gguf.errors import SourceError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertBlock:
+    """The routed experts of one decoder layer, and the matrix that scores them."""
+
+    module: nn.Module
+    router_ED: torch.Tensor
+
+    @property
+    def n_experts(self) -> int:
+        return self.router_ED.shape[0]
+
+    @property
+    def n_intermediate(self) -> int:
+        down = self.module.down_proj
+        return down.shape[1] if self.module.is_transposed else down.shape[2]
+
+    def gate_up(self, expert: int) -> torch.Tensor:
+        """f32 (2I, D), gate rows first. May share storage with the module."""
+        weight = self.module.gate_up_proj[expert]
+        weight = weight.T if self.module.is_transposed else weight
+        return weight if self.module.is_concatenated else torch.cat([weight[::2], weight[1::2]])
+
+    def down(self, expert: int) -> torch.Tensor:
+        """f32 (D, I). May share storage with the module."""
+        weight = self.module.down_proj[expert]
+        return weight.T if self.module.is_transposed else weight
+
+    def set_gate_up(self, expert: int, weight: torch.Tensor) -> None:
+        """Takes f32 (2I, D), gate rows first."""
+        target = self.module.gate_up_proj.data[expert]
+        target = target.T if self.module.is_transposed else target
+        if self.module.is_concatenated:
+            target.copy_(weight)
+        else:
+            target[::2], target[1::2] = weight.chunk(2)
+
+    def set_down(self, expert: int, weight: torch.Tensor) -> None:
+        """Takes f32 (D, I)."""
+        target = self.module.down_proj.data[expert]
+        (target.T if self.module.is_transposed else target).copy_(weight)
+
+    def activation(self, expert: int, x_nD: torch.Tensor) -> torch.Tensor:
+        """f32 (n, D) -> f32 (n, I): the input of the down projection."""
+        module = self.module
+        gate_up = module.gate_up_proj[expert]
+        out = x_nD @ (gate_up if module.is_transposed else gate_up.T)
+        if module.has_bias:
+            out = out + module.gate_up_proj_bias[expert]
+        return module._apply_gate(out)
+
+    def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """f32 (n, D) -> gate and up, f32 (n, I) each, biases added."""
+        out = x_nD @ self.gate_up(expert).T
+        if self.module.has_bias:
+            bias = self.module.gate_up_proj_bias[expert]
+            out = out + (bias if self.module.is_concatenated else torch.cat([bias[::2], bias[1::2]]))
+        gate_nI, up_nI = out.chunk(2, dim=-1)
+        return gate_nI, up_nI
+
+    def gated(self, gate_nI: torch.Tensor, up_nI: torch.Tensor) -> torch.Tensor:
+        """The module's own activation on separate gate and up, f32 (n, I') each, any I'."""
+        if self.module.is_concatenated:
+            return self.module._apply_gate(torch.cat([gate_nI, up_nI], dim=-1))
+        return self.module._apply_gate(torch.stack([gate_nI, up_nI], dim=-1).flatten(-2))
+
+    def output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
+        """f32 (n, I) -> f32 (n, D), before the gate weight."""
+        out = hidden_nI @ self.down(expert).T
+        return out + self.module.down_proj_bias[expert] if self.module.has_bias else out
+
+
+def find_experts(layer: nn.Module) -> ExpertBlock | None:
+    """The routed experts inside a decoder layer, None for a dense layer."""
+    for name, module in layer.named_modules():
+        if hasattr(module, "gate_up_proj") and hasattr(module, "is_concatenated"):
+            n_experts = module.gate_up_proj.shape[0]
+            parent = layer.get_submodule(name.rpartition(".")[0])
+            for child in parent.modules():
+                weight = getattr(child, "weight", None)
+                if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == n_experts:
+                    return ExpertBlock(module, weight)
+            raise SourceError(f"no router with {n_experts} rows beside {name} ({type(parent).__name__})")
+        if hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
+            raise SourceError(
+                f"experts without a gate projection ({type(module).__name__}) are not supported yet; "
+                "please report the model"
+            )
+    return None

@@ -1,0 +1,132 @@
+"""Output errors of candidate types, measured with ggml's encoder on sampled tokens and rows.
+
+Rows of one matrix are quantised independently, so their errors add up as squares: a sample of rows, scaled, will do.
+
+Shapes: T tokens, D hidden, I intermediate, E experts, K columns, J candidate types, n sampled tokens, R sampled rows.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from moe2gguf import ggml
+from moe2gguf.capture import LayerCapture, MatrixCapture, layer_sample, tokens_of
+from moe2gguf.experts import ExpertBlock
+from moe2gguf.ggml import QuantType
+from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
+
+MAX_ERROR_TOKENS = 256
+MAX_ERROR_ROWS = 128
+MAX_MATRIX_ROWS = 1024
+
+
+class Measure:
+    """ggml releases the GIL, so a pool of threads uses all cores."""
+
+    def __init__(self, types: tuple[QuantType, ...], pool: ThreadPoolExecutor):
+        self.types = types
+        self.pool = pool
+
+    def embedding(self, weight_VD: np.ndarray, share_V: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A looked-up row errs by itself, as often as its token occurs. -> (1, J)"""
+        rows = rng.choice(len(weight_VD), MAX_MATRIX_ROWS, p=share_V)
+        identity_KK = np.eye(weight_VD.shape[1], dtype=np.float32)
+        jobs = [
+            self.pool.submit(_matrix_error, weight_VD[rows], t, None, identity_KK, 1 / len(rows)) for t in self.types
+        ]
+        return np.array([[job.result() for job in jobs]])
+
+    def matrix(self, matrix: MatrixCapture, rng: np.random.Generator) -> np.ndarray:
+        """-> (1, J): mean ‖Δx‖² over the sampled inputs."""
+        weight_NK, x_nK = matrix.module.weight.numpy(), matrix.sample_nK().numpy()
+        rows = _sample(rng, len(weight_NK), MAX_MATRIX_ROWS)
+        scale = len(weight_NK) / len(rows) / len(x_nK)
+        importance_K = matrix.importance_K()
+        jobs = [
+            self.pool.submit(_matrix_error, weight_NK[rows], t, importance_K, x_nK, scale) for t in self.types
+        ]
+        return np.array([[job.result() for job in jobs]])
+
+    def experts(
+        self,
+        block: ExpertBlock,
+        capture: LayerCapture,
+        stats: ExpertStats,
+        rng: np.random.Generator,
+        progress: Callable[[int, int], None],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """-> gate_up and down, (E, J) each: the expert's share of the block's mean squared output error per token."""
+        x_TD, ids_TK, gates_TK = capture.routed()
+        sample_nD, probability_nE = layer_sample(block, x_TD)
+        jobs = {}
+        for expert in range(block.n_experts):
+            tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
+            n = len(tokens_n)
+            keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS))
+            x_nD = torch.cat([x_TD[tokens_n[keep]], sample_nD])
+            # its own tokens weigh g², then tokens of the layer p², blended as the importance is; one token is
+            # added to the count, lest an expert that calibration never met looks free
+            own_n = gates_n[keep].square() * n / max(len(keep), 1)
+            layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(sample_nD)
+            weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
+            rows_I = _sample(rng, block.n_intermediate, MAX_ERROR_ROWS)
+            rows_D = _sample(rng, x_TD.shape[1], MAX_ERROR_ROWS)
+            for j, quant_type in enumerate(self.types):
+                jobs[expert, j] = self.pool.submit(
+                    _expert_errors, block, expert, quant_type, x_nD, weight_n, rows_I, rows_D, stats
+                )
+        gate_up_EJ, down_EJ = np.empty((2, block.n_experts, len(self.types)))
+        for done, ((expert, j), job) in enumerate(jobs.items()):
+            progress(done, len(jobs))
+            gate_up_EJ[expert, j], down_EJ[expert, j] = job.result()
+        return gate_up_EJ, down_EJ
+
+
+def _sample(rng: np.random.Generator, n: int, n_max: int) -> np.ndarray:
+    """Sorted indices: all n, or n_max of them."""
+    return np.arange(n) if n <= n_max else np.sort(rng.choice(n, n_max, replace=False))
+
+
+def _matrix_error(
+    weight_RK: np.ndarray, quant_type: QuantType, importance_K: np.ndarray | None, x_nK: np.ndarray, scale: float
+) -> float:
+    """inf where the columns do not divide into the type's blocks."""
+    if not ggml.fits(quant_type, weight_RK.shape[1]):
+        return np.inf
+    delta_RK = ggml.round_trip(weight_RK, quant_type, importance_K) - weight_RK
+    return float(np.square(x_nK @ delta_RK.T).sum() * scale)
+
+
+@torch.inference_mode()
+def _expert_errors(
+    block: ExpertBlock,
+    expert: int,
+    quant_type: QuantType,
+    x_nD: torch.Tensor,
+    weight_n: torch.Tensor,
+    rows_I: np.ndarray,
+    rows_D: np.ndarray,
+    stats: ExpertStats,
+) -> tuple[float, float]:
+    """Error of the gate_up rows, through the activation and the down projection, and of the down rows."""
+    importance_D, importance_I = stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert]
+    gate_up_error = down_error = np.inf
+    down_DI = block.down(expert)
+    if ggml.fits(quant_type, len(importance_D)):
+        rows = np.concatenate([rows_I, block.n_intermediate + rows_I])
+        exact_RD = block.gate_up(expert)[rows].numpy()
+        delta_RD = torch.from_numpy(ggml.round_trip(exact_RD, quant_type, importance_D) - exact_RD)
+        gate_nI, up_nI = block.pre_activation(expert, x_nD)
+        gate_nR, up_nR = gate_nI[:, rows_I], up_nI[:, rows_I]
+        delta_gate_nR, delta_up_nR = (x_nD @ delta_RD.T).chunk(2, dim=-1)
+        delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - block.gated(gate_nR, up_nR)
+        column_sq_R = down_DI[:, rows_I].square().sum(0)
+        gate_up_error = float(weight_n @ delta_nR.square() @ column_sq_R) * block.n_intermediate / len(rows_I)
+    if ggml.fits(quant_type, len(importance_I)):
+        exact_RI = down_DI[rows_D].numpy()
+        delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, importance_I) - exact_RI)
+        delta_nR = block.activation(expert, x_nD) @ delta_RI.T
+        down_error = float(weight_n @ delta_nR.square().sum(1)) * len(down_DI) / len(rows_D)
+    return gate_up_error, down_error

@@ -1,0 +1,348 @@
+"""The stages in order. No printing here: progress and notes go out through callables.
+
+    source -> calibrate -> cost table -> allocate -> quantise -> GGUF
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import transformers
+
+from moe2gguf import __version__
+from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
+from moe2gguf.calibrate import Progress, calibrate
+from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
+from moe2gguf.errors import BudgetError, Moe2ggufError
+from moe2gguf.ggml import QuantType
+from moe2gguf.gguf_file import Target, ValueType, check_target, file_bytes, write_gguf
+from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform, reorderable
+from moe2gguf.sample import sample_text
+from moe2gguf.source import Source, open_source
+from moe2gguf.stats import CalibrationStats, load_stats, save_stats
+from moe2gguf.stream import LayerStream
+from moe2gguf.text import CalibrationText, text_from_files
+
+Note = Callable[[str], None]
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+def no_note(text: str) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How to calibrate."""
+
+    text_paths: tuple[Path, ...] = ()  # empty: the model writes its own text
+    n_sequences: int = 128
+    sequence_tokens: int = 512
+    n_probe_tokens: int = 4096
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Exactly one of the two."""
+
+    bits: float | None = None  # stored bits of all tensors per parameter
+    size_bytes: int | None = None  # of the whole file
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.size_bytes is None):
+            raise Moe2ggufError("give either --bits or --size")
+
+    def describe(self) -> str:
+        return f"{self.bits:g} bits per weight" if self.bits is not None else f"{self.size_bytes:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the allocation may choose from."""
+
+    layout: str = "grouped"  # "grouped" | "stock"
+    max_groups: int = MAX_GROUPS
+    types: tuple[QuantType, ...] | None = None
+    overrides: tuple[tuple[str, QuantType], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertResult:
+    paths: tuple[Path, ...]
+    allocation: Allocation
+    stats_path: Path
+    calibration_text: Path
+
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
+
+def convert(
+    model: str | Path,
+    outfile: Path | None = None,
+    *,
+    bits: float | None = None,
+    size_bytes: int | None = None,
+    layout: str = "grouped",
+    max_groups: int = MAX_GROUPS,
+    types: tuple[QuantType, ...] | None = None,
+    overrides: tuple[tuple[str, QuantType], ...] = (),
+    calibration: Calibration | None = None,
+    work_folder: Path | None = None,
+    split_max_bytes: int = 0,
+    split_max_tensors: int = 0,
+    overwrite: bool = False,
+    pre_tokenizer: str | None = None,
+    model_name: str | None = None,
+    metadata_file: Path | None = None,
+    n_threads: int | None = None,
+    progress: Progress = no_progress,
+    note: Note = no_note,
+) -> ConvertResult:
+    """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit."""
+    threads = n_threads or usable_cores()
+    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides)
+    calibration = calibration or Calibration()
+    source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
+    target = Target(
+        outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite
+    )
+    work = work_folder or work_folder_for(source, target.path)
+    # a budget out of reach and a target that cannot be written are found before the hours of work
+    provisional, _ = fit_budget(source, None, cost_table(source, None, types=types, overrides=overrides), budget, choice)
+    check_target(target, provisional.tensor_bytes)
+
+    stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
+    table = cost_table(source, stats, types=types, overrides=overrides)
+    allocation, plan = fit_budget(source, stats, table, budget, choice)
+    report_allocation(source, table, stats, allocation, budget, choice, note)
+    paths = write_gguf(
+        source,
+        plan,
+        encode_tensors(plan, threads, lambda name, done, total: progress(f"quantise {name}", done, total)),
+        provenance(source, stats, allocation, choice, budget),
+        target,
+    )
+    return ConvertResult(tuple(paths), allocation, work / "stats.safetensors", work / "calibration.txt")
+
+
+def write_float(
+    model: str | Path,
+    outfile: Path,
+    *,
+    ftype: str = "bf16",
+    pre_tokenizer: str | None = None,
+    progress: Progress = no_progress,
+) -> Path:
+    """The checkpoint as a GGUF of one type (bf16, f16, f32, q8_0), a base to compare with."""
+    source = open_source(model, pre_tokenizer=pre_tokenizer)
+    return _write_uniform(source, QuantType[ftype.upper()], outfile, usable_cores(), progress)
+
+
+def calibrated(
+    source: Source,
+    calibration: Calibration,
+    work: Path,
+    *,
+    n_threads: int,
+    progress: Progress = no_progress,
+    note: Note = no_note,
+) -> CalibrationStats:
+    """The statistics in `work` if they answer the same request, else new ones, saved there."""
+    path = work / "stats.safetensors"
+    request = _request(source, calibration)
+    if path.exists():
+        stats = load_stats(path)
+        if stats.request == request:
+            note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
+            return stats
+        note(f"the statistics in {path} answer another request: calibrating anew")
+    work.mkdir(parents=True, exist_ok=True)
+    text = _calibration_text(source, calibration, work, n_threads, progress)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    (work / "calibration.txt").write_text(
+        "\n".join(tokenizer.decode(sequence, skip_special_tokens=True) for sequence in text.tokens_SL),
+        encoding="utf-8",
+    )
+    stats = calibrate(
+        LayerStream(source.path),
+        text,
+        CANDIDATES,
+        source_sha256=source_digest(source),
+        request=request,
+        n_probe_tokens=calibration.n_probe_tokens,
+        n_threads=n_threads,
+        seed=calibration.seed,
+        progress=progress,
+    )
+    save_stats(stats, path)
+    return stats
+
+
+def fit_budget(
+    source: Source, stats: CalibrationStats | None, table: CostTable, budget: Budget, choice: Choice
+) -> tuple[Allocation, FilePlan | None]:
+    """The best allocation within the budget, and the plan of its file (none without statistics)."""
+    layout = choice.layout if reorderable(source) else "stock"
+
+    def best(tensor_bytes: int) -> Allocation:
+        return allocate(table, tensor_bytes, layout=layout, max_groups=choice.max_groups)
+
+    if budget.bits is not None:
+        allocation = best(int(budget.bits * source.n_params / 8))
+        return allocation, None if stats is None else plan_file(source, table, allocation, stats)
+    assert budget.size_bytes is not None
+    if stats is None:
+        return best(budget.size_bytes), None
+    # the header grows with the number of groups, which only an allocation tells
+    tensor_bytes = budget.size_bytes
+    for _ in range(4):
+        allocation = best(tensor_bytes)
+        plan = plan_file(source, table, allocation, stats)
+        total = file_bytes(source, plan, provenance(source, stats, allocation, choice, budget))
+        if total <= budget.size_bytes:
+            return allocation, plan
+        tensor_bytes -= total - budget.size_bytes
+    raise BudgetError(f"no allocation makes a file of at most {budget.size_bytes:,} bytes; raise --size")
+
+
+def report_allocation(
+    source: Source,
+    table: CostTable,
+    stats: CalibrationStats,
+    allocation: Allocation,
+    budget: Budget,
+    choice: Choice,
+    note: Note,
+) -> None:
+    """What a user should know about the allocation and would not guess."""
+    if allocation.layout != choice.layout:
+        note(
+            f"{source.name} chooses experts through groups or a table of ids, so they keep their order: "
+            "one type per projection of a layer"
+        )
+    if table.small_block_units:
+        note(
+            f"{len(table.small_block_units)} matrices have columns that are no multiple of 256 and use types with "
+            f"blocks of 32 (first: {table.small_block_units[0]})"
+        )
+    cold = {
+        layer: int((expert.n_tokens_E < 32).sum()) for layer, expert in stats.layers.items()
+    }
+    if sum(cold.values()):
+        worst = max(cold, key=lambda layer: cold[layer])
+        note(
+            f"{sum(cold.values())} experts saw fewer than 32 calibration tokens (most in layer {worst}: {cold[worst]}); "
+            "their importance leans on the layer's average"
+        )
+    if allocation.tensor_bytes < 0.995 * allocation.budget_bytes:
+        note(f"the largest types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
+
+
+def provenance(
+    source: Source, stats: CalibrationStats, allocation: Allocation, choice: Choice, budget: Budget
+) -> dict[str, tuple[Any, ValueType, ValueType | None]]:
+    """Key-values that say where the file comes from and how to make it again."""
+    string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
+    recipe = {
+        "budget": budget.describe(),
+        "layout": choice.layout,
+        "max_groups": choice.max_groups,
+        "types": [t.name for t in choice.types or CANDIDATES],
+        "overrides": [[pattern, t.name] for pattern, t in choice.overrides],
+        "calibration": {"text": stats.text, "tokens": stats.n_tokens, "probe_tokens": stats.n_probe_tokens},
+    }
+    values = {
+        "general.quantized_by": ("moe2gguf", string, None),
+        "moe2gguf.version": (__version__, string, None),
+        "moe2gguf.layout": (allocation.layout, string, None),
+        "moe2gguf.source.name": (source.name, string, None),
+        "moe2gguf.source.sha256": (stats.source_sha256, string, None),
+        "moe2gguf.recipe": (json.dumps(recipe, sort_keys=True), string, None),
+        "moe2gguf.seed": (stats.seed, uint, None),
+        "moe2gguf.calibration.digest": (stats.digest, string, None),
+        "moe2gguf.calibration.tokens": (stats.n_tokens, uint, None),
+        "moe2gguf.kld.predicted": (allocation.predicted_kl, real, None),
+        "quantize.imatrix.dataset": (stats.text, string, None),
+        "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
+    }
+    # the Hub's cache keeps a snapshot under its commit
+    if source.path.parent.name == "snapshots":
+        values["moe2gguf.source.commit"] = (source.path.name, string, None)
+    return values
+
+
+def outfile_for(source: Source, outfile: Path | None, budget: Budget) -> Path:
+    """`--outfile` with its {ftype} filled in, or a name after gguf's convention in the current folder."""
+    encoding = f"MQ{budget.bits:g}".replace(".", "_") if budget.bits is not None else "MQ"
+    if outfile is not None:
+        return outfile.with_name(gguf.fill_templated_filename(outfile.name, encoding))
+    meta = source.metadata
+    name = gguf.naming_convention(
+        meta.name, meta.basename, meta.finetune, meta.version, meta.size_label, encoding, model_type=None
+    )
+    return Path(f"{name}.gguf")
+
+
+def work_folder_for(source: Source, target: Path) -> Path:
+    """One folder for all budgets of a model, beside its files."""
+    return target.parent / f"{source.path.name}.moe2gguf"
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _calibration_text(
+    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress
+) -> CalibrationText:
+    length = min(calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens))
+    if calibration.text_paths:
+        return text_from_files(calibration.text_paths, source.path, calibration.n_sequences, length)
+    writer = work / "sampling-q8_0.gguf"
+    _write_uniform(source, QuantType.Q8_0, writer, n_threads, progress)
+    try:
+        return sample_text(
+            writer,
+            calibration.n_sequences,
+            length,
+            n_threads=n_threads,
+            seed=calibration.seed,
+            progress=lambda done, total: progress("the model writes calibration text", done, total),
+        )
+    finally:
+        writer.unlink(missing_ok=True)
+
+
+def _write_uniform(
+    source: Source, quant_type: QuantType, outfile: Path, n_threads: int, progress: Progress
+) -> Path:
+    plan = plan_uniform(source, quant_type)
+    target = Target(outfile, overwrite=True)
+    check_target(target, plan.tensor_bytes)
+    encoded = encode_tensors(
+        plan, n_threads, lambda name, done, total: progress(f"write {quant_type.name} {name}", done, total)
+    )
+    return write_gguf(source, plan, encoded, {}, target)[0]
+
+
+def _request(source: Source, calibration: Calibration) -> str:
+    """sha256 over everything the statistics depend on."""
+    digest = hashlib.sha256(f"{__version__} {source_digest(source)} {[t.name for t in CANDIDATES]}".encode())
+    for path in calibration.text_paths:
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise Moe2ggufError(f"cannot read the calibration text {path}: {error.strerror}") from error
+    digest.update(repr(dataclasses.replace(calibration, text_paths=())).encode())
+    return digest.hexdigest()

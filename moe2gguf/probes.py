@@ -1,0 +1,152 @@
+"""How much the model minds an error: streams with one projection really quantised, carried on to the logits.
+
+A new stream branches off the clean one at each projection of each layer; all of them run on, layer by layer, beside
+it. At the end their KL divergence from the clean stream is the cost of that projection at the probe's type.
+
+Shapes: S sequences, L tokens of each, D hidden, E experts, K columns, N rows, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe2gguf import ggml
+from moe2gguf.capture import MatrixCapture
+from moe2gguf.experts import ExpertBlock
+from moe2gguf.ggml import QuantType
+from moe2gguf.stats import ExpertStats
+from moe2gguf.stream import LayerStream
+
+# two types for experts, since the KL does not grow in proportion to the error; one for the few other matrices
+EXPERT_PROBE_TYPES = (QuantType.IQ2_XXS, QuantType.IQ3_XXS)
+MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
+# for columns that are no multiple of 256
+SMALL_BLOCK_PROBE_TYPES = (QuantType.Q4_0, QuantType.Q5_0)
+LOGITS_CHUNK_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Mean KL divergence, nats per token, with a whole projection at one type."""
+
+    quant_type: QuantType
+    kl: float
+
+
+class Probes:
+    def __init__(
+        self, stream: LayerStream, pool: ThreadPoolExecutor, batch_sequences: int, tokens_SL: torch.Tensor
+    ):
+        self._stream, self._pool, self._batch = stream, pool, batch_sequences
+        self._clean_SLD = self._embed(tokens_SL)
+        self._branches: dict[tuple[str, QuantType], torch.Tensor] = {}
+        weight_VD = stream.embedding_VD
+        used = torch.unique(tokens_SL)
+        for quant_type in _fitting(MATRIX_PROBE_TYPES, weight_VD.shape[1]):
+            with _restored(weight_VD):
+                weight_VD[used] = torch.from_numpy(ggml.round_trip(weight_VD[used].numpy(), quant_type))
+                self._branches["embed_tokens", quant_type] = self._embed(tokens_SL)
+
+    @property
+    def n_branches(self) -> int:
+        return len(self._branches)
+
+    def _embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._stream.embed(batch) for batch in tokens_SL.split(self._batch)])
+
+    def _run(self, index: int, layer: nn.Module, hidden_SLD: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._stream.run(index, layer, batch) for batch in hidden_SLD.split(self._batch)])
+
+    def advance(self, index: int, layer: nn.Module, progress: Callable[[int, int], None]) -> None:
+        """All branches through the layer. The clean stream waits: branch first, then pass."""
+        for done, (key, hidden_SLD) in enumerate(self._branches.items()):
+            progress(done, len(self._branches))
+            self._branches[key] = self._run(index, layer, hidden_SLD)
+
+    def branch_matrix(self, index: int, layer: nn.Module, name: str, matrix: MatrixCapture) -> None:
+        weight = matrix.module.weight
+        for quant_type in _fitting(MATRIX_PROBE_TYPES, weight.shape[1]):
+            with _restored(weight):
+                weight.copy_(self._round_trip(weight, quant_type, matrix.importance_K()))
+                self._branches[name, quant_type] = self._run(index, layer, self._clean_SLD)
+
+    def branch_experts(self, index: int, layer: nn.Module, block: ExpertBlock, stats: ExpertStats) -> None:
+        for projection, parameter, get, put, importance_EK in (
+            ("gate_up", block.module.gate_up_proj, block.gate_up, block.set_gate_up, stats.importance_gate_up_ED),
+            ("down", block.module.down_proj, block.down, block.set_down, stats.importance_down_EI),
+        ):
+            for quant_type in _fitting(EXPERT_PROBE_TYPES, importance_EK.shape[1]):
+                with _restored(parameter):
+                    jobs = [
+                        self._pool.submit(ggml.round_trip, get(e).numpy(), quant_type, importance_K)
+                        for e, importance_K in enumerate(importance_EK)
+                    ]
+                    for expert, job in enumerate(jobs):
+                        put(expert, torch.from_numpy(job.result()))
+                    name = f"layers.{index}.{projection}"
+                    self._branches[name, quant_type] = self._run(index, layer, self._clean_SLD)
+
+    def pass_layer(self, index: int, layer: nn.Module) -> None:
+        """The clean stream through the layer."""
+        self._clean_SLD = self._run(index, layer, self._clean_SLD)
+
+    def finish(self, head: MatrixCapture, progress: Callable[[int, int], None]) -> dict[str, tuple[Probe, ...]]:
+        """Every probe's mean KL divergence, by name."""
+        weight = head.module.weight
+        heads = {
+            ("lm_head", t): self._round_trip(weight, t, head.importance_K())
+            for t in _fitting(MATRIX_PROBE_TYPES, weight.shape[1])
+        }
+        sums = dict.fromkeys([*self._branches, *heads], 0.0)
+        n_sequences, length, _ = self._clean_SLD.shape
+        step = min(length, LOGITS_CHUNK_TOKENS)
+        chunks = [
+            (slice(s, s + 1), slice(start, start + step))
+            for s in range(n_sequences)
+            for start in range(0, length - step + 1, step)
+        ]
+        for done, chunk in enumerate(chunks):
+            progress(done, len(chunks))
+            clean_LV = torch.log_softmax(self._stream.logits(self._clean_SLD[chunk])[0], -1)
+            for key, hidden_SLD in self._branches.items():
+                sums[key] += _kl(clean_LV, self._stream.logits(hidden_SLD[chunk])[0])
+            for key, probe in heads.items():
+                with _restored(weight):
+                    weight.copy_(probe)
+                    sums[key] += _kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0])
+        found: dict[str, tuple[Probe, ...]] = {}
+        for (name, quant_type), total in sums.items():
+            found[name] = (*found.get(name, ()), Probe(quant_type, total / (len(chunks) * step)))
+        return found
+
+    def _round_trip(self, weight_NK: torch.Tensor, quant_type: QuantType, importance_K: np.ndarray) -> torch.Tensor:
+        parts = np.array_split(weight_NK.numpy(), min(16, len(weight_NK)))
+        jobs = [self._pool.submit(ggml.round_trip, part, quant_type, importance_K) for part in parts]
+        return torch.from_numpy(np.concatenate([job.result() for job in jobs]))
+
+
+def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, ...]:
+    if ggml.fits(wanted[0], n_columns):
+        return wanted
+    return tuple(t for t in SMALL_BLOCK_PROBE_TYPES[: len(wanted)] if ggml.fits(t, n_columns))
+
+
+@contextmanager
+def _restored(weight: torch.Tensor) -> Iterator[None]:
+    """Whatever happens to the weight inside, its exact values come back."""
+    exact = weight.clone()
+    try:
+        yield
+    finally:
+        weight.copy_(exact)
+
+
+def _kl(clean_LV: torch.Tensor, logits_LV: torch.Tensor) -> float:
+    """Σ over positions of KL(clean ‖ other), nats."""
+    other_LV = torch.log_softmax(logits_LV, -1)
+    return float((clean_LV.exp() * (clean_LV - other_LV)).sum(dtype=torch.float64))

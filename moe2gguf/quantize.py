@@ -1,0 +1,163 @@
+"""An allocation to bytes: the tensors of the file in order, each encoded when its turn comes.
+
+Only one source tensor is in memory at a time; its experts are encoded in parallel.
+
+Shapes: E experts, N rows, K columns, B bytes of one encoded row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+
+import numpy as np
+
+from moe2gguf import ggml
+from moe2gguf.allocate import Allocation, expert_order
+from moe2gguf.costs import CostTable, Unit
+from moe2gguf.ggml import QuantType
+from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
+from moe2gguf.stats import CalibrationStats
+
+ROWS_PER_JOB = 4096
+# with mixed precision there is no telling "the" type of a matrix beside the experts that fits no block of 32
+FLOAT_FALLBACK = QuantType.F16
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the file: which part of which source tensor, in what type."""
+
+    name: str
+    source: SourceTensor
+    quant_type: QuantType
+    experts: np.ndarray | None  # i64: the checkpoint's experts in file order; None for all as they stand
+    importance_EK: np.ndarray | None = None  # f32, (1, K) beside the experts
+    shares_source: bool = False  # the next plan reads the same source tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.experts is None:
+            return self.source.shape
+        return (len(self.experts), *self.source.shape[1:])
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape[:-1]) * ggml.row_bytes(self.quant_type, self.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePlan:
+    tensors: tuple[TensorPlan, ...]
+    expert_orders: dict[int, np.ndarray]  # layer -> position -> checkpoint's expert, where it is not the identity
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def is_grouped(self) -> bool:
+        return any(".g0." in tensor.name for tensor in self.tensors)
+
+
+def reorderable(source: Source) -> bool:
+    """Whether experts may change places. Routers that first choose among groups of neighbours, or look expert ids up in
+    a table, depend on the order."""
+    return source.n_expert_groups <= 1 and not any("tid2eid" in tensor.name for tensor in source.tensors)
+
+
+def plan_file(source: Source, table: CostTable, allocation: Allocation, stats: CalibrationStats) -> FilePlan:
+    """Which tensors the file will hold: experts in runs of one type, everything else as it is."""
+    units_of: dict[str, list[Unit]] = {}
+    for unit in table.units:
+        for name in unit.tensors:
+            units_of.setdefault(name, []).append(unit)
+    types: dict[tuple[int, str], list[QuantType]] = {}
+    for unit in table.units:
+        if unit.layer is not None and unit.projection is not None:
+            types.setdefault((unit.layer, unit.projection), []).append(allocation.types[unit.name])
+    orders = {}
+    for layer in sorted(stats.layers):
+        order = expert_order(types[layer, "gate_up"], types[layer, "down"])
+        if len(set(types[layer, "gate_up"])) > 1 or len(set(types[layer, "down"])) > 1:
+            orders[layer] = order
+    plans: list[TensorPlan] = []
+    for tensor in source.tensors:
+        layer = layer_of(tensor.name)
+        units = units_of.get(tensor.name)
+        order = orders.get(layer) if layer is not None and expert_axis(tensor.name) is not None else None
+        if units is None:
+            plans.append(TensorPlan(tensor.name, tensor, allocation.fixed[tensor.name], order))
+        elif units[0].expert is None:
+            importance = stats.importance[units[0].importance][None] if units[0].importance else None
+            plans.append(TensorPlan(tensor.name, tensor, allocation.types[units[0].name], None, importance))
+        else:
+            assert layer is not None
+            plans += _expert_plans(tensor, [allocation.types[u.name] for u in units], order, units[0], stats)
+    return FilePlan(tuple(plans), orders)
+
+
+def _expert_plans(
+    tensor: SourceTensor, types: list[QuantType], order: np.ndarray | None, unit: Unit, stats: CalibrationStats
+) -> list[TensorPlan]:
+    assert unit.layer is not None
+    layer = stats.layers[unit.layer]
+    importance_EK = layer.importance_down_EI if unit.projection == "down" else layer.importance_gate_up_ED
+    if order is None:
+        return [TensorPlan(tensor.name, tensor, types[0], None, importance_EK)]
+    borders = [i for i in range(1, len(order)) if types[order[i]] != types[order[i - 1]]]
+    runs = np.split(order, borders)
+    if len(runs) == 1:
+        return [TensorPlan(tensor.name, tensor, types[0], order, importance_EK[order])]
+    stem = tensor.name.removesuffix(".weight")
+    return [
+        TensorPlan(
+            f"{stem}.g{g}.weight", tensor, types[run[0]], run, importance_EK[run], shares_source=g < len(runs) - 1
+        )
+        for g, run in enumerate(runs)
+    ]
+
+
+def plan_uniform(source: Source, quant_type: QuantType) -> FilePlan:
+    """Every quantisable tensor at one type, or the nearest that fits its columns, in the checkpoint's order."""
+
+    def fitting(tensor: SourceTensor) -> QuantType:
+        if not tensor.quantisable:
+            return QuantType.F32
+        return quant_type if ggml.fits(quant_type, tensor.shape[-1]) else FLOAT_FALLBACK
+
+    return FilePlan(tuple(TensorPlan(t.name, t, fitting(t), None) for t in source.tensors), {})
+
+
+def encode_tensors(
+    plan: FilePlan, n_threads: int, progress: Callable[[str, int, int], None]
+) -> Iterator[tuple[TensorPlan, np.ndarray]]:
+    """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        weight: np.ndarray | None = None
+        for done, tensor in enumerate(plan.tensors):
+            progress(tensor.name, done, len(plan.tensors))
+            if weight is None:
+                weight = tensor.source.load()
+            yield tensor, _encode(tensor, weight, pool)
+            if not tensor.shares_source:
+                weight = None
+
+
+def _encode(tensor: TensorPlan, weight: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
+    if tensor.quant_type == QuantType.F32:
+        return weight if tensor.experts is None else weight[tensor.experts]
+    n_columns = weight.shape[-1]
+    is_expert = tensor.importance_EK is not None and len(tensor.importance_EK) > 1 or tensor.experts is not None
+    matrices = weight.reshape(-1, *weight.shape[-2:]) if is_expert else weight.reshape(1, -1, n_columns)
+    ids = range(len(matrices)) if tensor.experts is None else tensor.experts
+    jobs = []
+    for i, e in enumerate(ids):
+        importance_K = None if tensor.importance_EK is None else tensor.importance_EK[i]
+        # a single matrix is cut into slices of rows, so that it too uses every core
+        for rows in range(0, matrices.shape[1], ROWS_PER_JOB):
+            jobs.append(
+                pool.submit(ggml.encode, matrices[e, rows : rows + ROWS_PER_JOB], tensor.quant_type, importance_K)
+            )
+    blocks_RB = np.concatenate([job.result() for job in jobs])
+    return blocks_RB.reshape(*tensor.shape[:-1], -1)

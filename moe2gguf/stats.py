@@ -1,0 +1,121 @@
+"""What calibration leaves behind, and its file.
+
+Shapes: S sequences, D hidden, I intermediate, E experts, K selected per token, J candidate types.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.ggml import QuantType
+
+# tokens' worth of belief in the layer's average where an expert's own tokens are few (ALGORITHMS: n₀ of the shrinkage)
+SHRINKAGE_TOKENS = 32
+FORMAT_VERSION = 1
+_HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStats:
+    """One MoE layer's calibration statistics."""
+
+    n_tokens_E: np.ndarray  # i64: tokens routed to each expert
+    gate_sum_E: np.ndarray  # f64: Σ g, as applied
+    softmax_sum_E: np.ndarray  # f64: Σ softmax(router logits) over the tokens that selected the expert
+    counts_SE: np.ndarray  # i32: tokens routed, per sequence
+    ratio_histogram: np.ndarray  # i64 (K-1, bins): g_(k) / g_(1) over [0, 1], k = 2..K
+    token_norm_quantiles: np.ndarray  # f32 (101,): ‖x‖₁ at 0, 1, …, 100 %
+    output_norm_E: np.ndarray  # f32: mean ‖f_e(x)‖ over its tokens
+    gated_norm_E: np.ndarray  # f32: mean g‖f_e(x)‖
+    importance_gate_up_ED: np.ndarray  # f32: gate-weighted mean of x², shrunk
+    importance_down_EI: np.ndarray  # f32
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixErrors:
+    """What each candidate type does to one projection of a layer's experts, or to one other matrix."""
+
+    error_EJ: np.ndarray  # f64: mean squared output error per token; E is 1 beside the experts
+    probe_types: tuple[QuantType, ...]
+    probe_kl: np.ndarray  # f64: mean KL in nats per token with the whole projection at each probe type
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationStats:
+    """All that allocation and quantisation need to know; independent of the budget."""
+
+    types: tuple[QuantType, ...]  # the J candidates, in the order of the errors' last axis
+    source_sha256: str  # of the checkpoint's config and tensor index
+    n_tokens: int
+    n_probe_tokens: int
+    seed: int
+    text: str  # where the tokens came from: file names, or "self-sampled"
+    digest: str  # sha256 of the token ids
+    request: str  # sha256 of what was asked for: a file with another one must not be reused
+    layers: dict[int, ExpertStats]
+    importance: dict[str, np.ndarray]  # "layers.N.path" | "lm_head" -> f32 (columns,)
+    errors: dict[str, MatrixErrors]  # the same names, "embed_tokens", and "layers.N.gate_up" | "layers.N.down"
+
+
+def save_stats(stats: CalibrationStats, path: Path) -> None:
+    """Writes one safetensors file, aside and renamed."""
+    arrays: dict[str, np.ndarray] = {}
+    for index, layer in stats.layers.items():
+        for field in dataclasses.fields(ExpertStats):
+            arrays[f"experts/{index}/{field.name}"] = getattr(layer, field.name)
+    for name, importance_K in stats.importance.items():
+        arrays[f"importance/{name}"] = importance_K
+    probe_types = {}
+    for name, errors in stats.errors.items():
+        arrays[f"error/{name}"], arrays[f"probe/{name}"] = errors.error_EJ, errors.probe_kl
+        probe_types[name] = [t.name for t in errors.probe_types]
+    header = {
+        "format": FORMAT_VERSION,
+        "types": [t.name for t in stats.types],
+        "probe_types": probe_types,
+        **{k: getattr(stats, k) for k in _HEADER_FIELDS},
+    }
+    aside = path.with_name(path.name + ".partial")
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in arrays.items()}, aside, {"moe2gguf": json.dumps(header, sort_keys=True)}
+    )
+    os.replace(aside, path)
+
+
+def load_stats(path: Path) -> CalibrationStats:
+    """Raises Moe2ggufError for a file that is not one of ours."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {})["moe2gguf"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Moe2ggufError(f"{path} is not a statistics file of `moe2gguf calibrate` ({error})") from error
+    if header["format"] != FORMAT_VERSION:
+        raise Moe2ggufError(
+            f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}; calibrate again"
+        )
+    fields: dict[int, dict[str, np.ndarray]] = {}
+    importance, errors = {}, {}
+    for key, array in arrays.items():
+        kind, _, name = key.partition("/")
+        if kind == "experts":
+            index, field = name.split("/")
+            fields.setdefault(int(index), {})[field] = array
+        elif kind == "importance":
+            importance[name] = array
+        elif kind == "error":
+            probe_types = tuple(QuantType[t] for t in header["probe_types"][name])
+            errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"])
+    return CalibrationStats(
+        types=tuple(QuantType[t] for t in header["types"]),
+        layers={index: ExpertStats(**layer) for index, layer in sorted(fields.items())},
+        importance=importance,
+        errors=errors,
+        **{k: header[k] for k in _HEADER_FIELDS},
+    )

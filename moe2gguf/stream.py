@@ -1,0 +1,216 @@
+"""The checkpoint as a stream of decoder layers: transformers' own forward pass with one layer in memory at a time.
+
+The model is built on the meta device. Its decoder layers are swapped for stand-ins: run once, they record what the
+model hands to each layer (masks, rotary tables), and replayed they let the model's own embedding, final norm and head
+do their work around hidden states we keep ourselves. Real layers are filled from safetensors just before use and
+emptied after, through transformers' weight conversion, which also fuses experts to one interface.
+
+Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moe2gguf.errors import SourceError
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place: keeps the arguments it is called with, hands the hidden states on."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        # a list, so that torch does not register the real layer as a child of its stand-in
+        self._real = [layer]
+        self.call_kwargs: dict[str, Any] = {}
+        self.seen_BLD: torch.Tensor | None = None
+        self.replacement_BLD: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # models ask their layers for facts such as attention_type
+            return getattr(self._real[0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert not args, "decoder layers of transformers 5 are called by keyword"
+        self.call_kwargs, self.seen_BLD = kwargs, hidden_states
+        return hidden_states if self.replacement_BLD is None else self.replacement_BLD
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """Where each checkpoint tensor lives."""
+
+    file_of: dict[str, Path]
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Shards":
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return cls({name: folder / file for name, file in sorted(weight_map.items())})
+        file_of = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as shard:
+                file_of.update(dict.fromkeys(shard.keys(), file))
+        if not file_of:
+            raise SourceError(f"{folder} holds no *.safetensors; calibration needs safetensors weights")
+        return cls(file_of)
+
+    @contextmanager
+    def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """The named tensors, read from disk only when used."""
+        with ExitStack() as stack:
+            shards = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in sorted({self.file_of[name] for name in names})
+            }
+            yield {name: shards[self.file_of[name]].get_slice(name) for name in names}
+
+
+class LayerStream:
+    """A causal language model whose decoder layers are loaded one at a time, in float32."""
+
+    def __init__(self, folder: Path):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        # the stream decodes MXFP4 itself, below
+        self._mxfp4 = getattr(config, "quantization_config", None) is not None
+        if self._mxfp4:
+            method = dict(config.quantization_config).get("quant_method")
+            if method != "mxfp4":
+                raise SourceError(f"{folder} is quantised with {method}; calibrate on the unquantised checkpoint")
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation="eager"
+            ).eval()
+        self.model.requires_grad_(False)
+        self.config = config
+        self.layers: list[nn.Module] = list(self.model.model.layers)
+        self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
+        self._shards = _Shards.of(folder)
+        self._mapping = get_model_conversion_mapping(self.model)
+        self._names_by_layer, self._other_names = self._group_names()
+        self._stand_ins = [_StandIn(layer) for layer in self.layers]
+        self.model.model.layers = nn.ModuleList(self._stand_ins)
+        self._call_kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._load(self._other_names)
+        self.model.tie_weights()
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def embedding_VD(self) -> torch.Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def _group_names(self) -> tuple[list[list[str]], list[str]]:
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        meta = self.model.state_dict()
+        by_layer: list[list[str]] = [[] for _ in self.layers]
+        others = []
+        for name in sorted(self._shards.file_of):
+            target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, meta)[0]
+            if not target.startswith("model.layers."):
+                others.append(name)
+            elif (layer := int(target.split(".")[2])) < len(by_layer):
+                # layers beyond the last are multi-token prediction heads, which the forward pass does not use
+                by_layer[layer].append(name)
+        return by_layer, others
+
+    def _load(self, names: list[str]) -> None:
+        with self._shards.slices(names) as slices:
+            state = _decode_mxfp4(slices) if self._mxfp4 else slices
+            # the mapping collects tensors while it works, so each load gets a fresh copy
+            load_config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=copy.deepcopy(self._mapping))
+            transformers.utils.logging.disable_progress_bar()
+            convert_and_load_state_dict_in_model(self.model, state, load_config)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, emptied again on leaving."""
+        layer = self.layers[index]
+        self.model.model.layers[index] = layer
+        self._load(self._names_by_layer[index])
+        missing = [name for name, p in layer.named_parameters() if p.is_meta]
+        self.model.model.layers[index] = self._stand_ins[index]
+        if missing:
+            raise SourceError(f"the checkpoint lacks {self.layer_prefixes[index]}{missing[0]}")
+        try:
+            yield layer
+        finally:
+            for module in layer.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(
+                            torch.empty_like(parameter, device="meta"), requires_grad=False
+                        )
+
+    @torch.inference_mode()
+    def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
+        self.model.model(input_ids=tokens_BL, use_cache=False)
+        self._call_kwargs[tuple(tokens_BL.shape)] = [s.call_kwargs for s in self._stand_ins]
+        hidden_BLD = self._stand_ins[0].seen_BLD
+        assert hidden_BLD is not None
+        return hidden_BLD
+
+    @torch.inference_mode()
+    def run(self, index: int, layer: nn.Module, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """Decoder layer `index` on f32 (B, L, D)."""
+        shape = (hidden_BLD.shape[0], hidden_BLD.shape[1])
+        if shape not in self._call_kwargs:
+            self.embed(torch.zeros(shape, dtype=torch.int64))
+        out = layer(hidden_BLD, **self._call_kwargs[shape][index])
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.inference_mode()
+    def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """f32 (B, L, D) after the last decoder layer -> f32 (B, L, V)."""
+        last = self._stand_ins[-1]
+        last.replacement_BLD = hidden_BLD
+        try:
+            placeholder_BL = torch.zeros(hidden_BLD.shape[:2], dtype=torch.int64)
+            return self.model(input_ids=placeholder_BL, use_cache=False).logits
+        finally:
+            last.replacement_BLD = None
+
+
+def _decode_mxfp4(slices: dict[str, Any]) -> dict[str, Any]:
+    """gpt-oss stores experts as MXFP4 blocks and scales: hand transformers the bf16 matrices they stand for."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    state = {}
+    for name, lazy in slices.items():
+        if name.endswith("_blocks"):
+            scales = slices[name.removesuffix("_blocks") + "_scales"][:]
+            state[name.removesuffix("_blocks")] = convert_moe_packed_tensors(lazy[:], scales)
+        elif not name.endswith("_scales"):
+            state[name] = lazy
+    return state

@@ -1,0 +1,45 @@
+"""Calibration text: token ids in sequences of equal length, from files or written by the model itself.
+
+Shapes: S sequences, L tokens of each.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import transformers
+
+from moe2gguf.errors import Moe2ggufError
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    tokens_SL: np.ndarray  # i64
+    origin: str  # file names, or "self-sampled"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.tokens_SL, dtype="<i8").tobytes()).hexdigest()
+
+
+def text_from_files(
+    paths: tuple[Path, ...], model_folder: Path, n_sequences: int, sequence_tokens: int
+) -> CalibrationText:
+    """Sequences spread evenly over all the text; the files count by their length."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    ids: list[int] = []
+    for path in paths:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Moe2ggufError(f"cannot read the calibration text {path}: {error}") from error
+        ids += tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    n_whole = len(ids) // sequence_tokens
+    if n_whole == 0:
+        raise Moe2ggufError(
+            f"the calibration text has {len(ids)} tokens, one sequence needs {sequence_tokens}; give more --text"
+        )
+    wanted = np.linspace(0, n_whole - 1, min(n_whole, n_sequences)).round().astype(int)
+    tokens_SL = np.array(ids[: n_whole * sequence_tokens], np.int64).reshape(n_whole, sequence_tokens)[wanted]
+    return CalibrationText(tokens_SL, ", ".join(path.name for path in paths))
