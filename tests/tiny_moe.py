@@ -6,6 +6,7 @@ the router prefers some experts without always taking the same, and logits sprea
 
 import json
 import math
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "vocab_size": N_VOCAB,
     "tie_word_embeddings": False,
@@ -44,95 +46,84 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _options(model_type: str, hidden: int, intermediate: int, n_experts: int, top_k: int) -> dict[str, Any]:
-    """The options of the architecture's config class beside COMMON; the comments say what is special."""
-    experts: dict[str, Any] = {"num_experts_per_tok": top_k}
-    match model_type:
-        case "mixtral":
-            experts |= {
-                "num_local_experts": n_experts,
-                "intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-        case "qwen2_moe":  # a shared expert with its own gate, biases on q, k and v
-            experts |= {
-                "num_experts": n_experts,
-                "moe_intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-            experts |= {
-                "shared_expert_intermediate_size": 2 * intermediate,
-                "intermediate_size": 2 * intermediate,
-            }
-        case "qwen3_moe":
-            experts |= {
-                "num_experts": n_experts,
-                "moe_intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-            experts |= {"head_dim": 32, "intermediate_size": 2 * intermediate, "norm_topk_prob": True}
-        case (
-            "olmoe"
-        ):  # q and k are normalised over all heads (llama.cpp: no grouped heads), the top k's weights are not
-            experts |= {"num_experts": n_experts, "intermediate_size": intermediate, "num_key_value_heads": 4}
-        case (
-            "deepseek_v2"
-        ):  # MLA, first layer dense, two shared experts; three layers so that two have experts
-            experts |= {
-                "n_routed_experts": n_experts,
-                "moe_intermediate_size": intermediate,
-                "n_shared_experts": 2,
-            }
-            experts |= {
-                "intermediate_size": 2 * intermediate,
-                "first_k_dense_replace": 1,
-                "num_hidden_layers": 3,
-            }
-            experts |= {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
-            experts |= {"v_head_dim": 32, "num_key_value_heads": 4, "routed_scaling_factor": 1.5}
-        case "granitemoe":  # experts merged in the checkpoint; four multipliers
-            experts |= {
-                "num_local_experts": n_experts,
-                "intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-            experts |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
-            experts |= {"attention_multiplier": 1 / 16}
-        case "phimoe":  # biases on attention, norms and output; LongRoPE
-            n_rotary = hidden // COMMON["num_attention_heads"]
-            rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256}
-            rope |= {"short_factor": [1.0] * (n_rotary // 2), "long_factor": [1.5] * (n_rotary // 2)}
-            attention_factor = math.sqrt(1 + math.log(512 / 256) / math.log(256))
-            rope |= {"short_mscale": attention_factor, "long_mscale": attention_factor}
-            experts |= {
-                "num_local_experts": n_experts,
-                "intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-            experts |= {"attention_bias": True, "lm_head_bias": True, "rope_parameters": rope}
-        case "gpt_oss":  # biases on router and experts, attention sinks, sliding window in every second layer
-            experts |= {
-                "num_local_experts": n_experts,
-                "intermediate_size": intermediate,
-                "num_key_value_heads": 2,
-            }
-            # published with truncate=False, which llama.cpp's YaRN does not have: it rounds the ends of the
-            # ramp to whole dimensions
-            rope = {
-                "rope_type": "yarn",
-                "rope_theta": 150000.0,
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-            }
-            rope |= {"truncate": True, "original_max_position_embeddings": 16}
-            experts |= {"head_dim": 64, "sliding_window": 32, "rope_parameters": rope}
-        case _:
-            raise ValueError(f"no tiny {model_type}")
-    return experts
+# model type -> what its configuration calls the number of experts and the width of one
+SIZES = {
+    "mixtral": ("num_local_experts", "intermediate_size"),
+    "qwen2_moe": ("num_experts", "moe_intermediate_size"),
+    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+    "olmoe": ("num_experts", "intermediate_size"),
+    "deepseek_v2": ("n_routed_experts", "moe_intermediate_size"),
+    "deepseek_v3": ("n_routed_experts", "moe_intermediate_size"),
+    "granitemoe": ("num_local_experts", "intermediate_size"),
+    "phimoe": ("num_local_experts", "intermediate_size"),
+    "gpt_oss": ("num_local_experts", "intermediate_size"),
+}
+MODEL_TYPES = tuple(SIZES)
+
+LATENT_ATTENTION = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+# the first layer is dense: three, so that two have experts
+DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 512, "num_hidden_layers": 3}
+# what each configuration has beside COMMON and SIZES
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    # a shared expert with a gate of its own, biases on q, k and v
+    "qwen2_moe": {"shared_expert_intermediate_size": 512, "intermediate_size": 512},
+    "qwen3_moe": {"head_dim": 32, "intermediate_size": 512, "norm_topk_prob": True},
+    # q and k normalised over all heads at once, for which llama.cpp needs as many of k as of q
+    "olmoe": {"num_key_value_heads": 4},
+    "deepseek_v2": LATENT_ATTENTION | DENSE_FIRST | {"n_shared_experts": 2, "routed_scaling_factor": 1.5},
+    # sigmoid router with a bias that counts for the choice only, and a choice among groups of experts before;
+    # the published configuration names the sigmoid, transformers' own does not
+    "deepseek_v3": LATENT_ATTENTION
+    | DENSE_FIRST
+    | {"n_group": 2, "topk_group": 1, "num_mtp_layers": 0, "scoring_func": "sigmoid"},
+    # the experts of a layer merged in the checkpoint
+    "granitemoe": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 1 / 16,
+    },
+    # biases on attention, norms and output; LongRoPE comes in make_tiny
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    # biases on attention, router and experts, attention sinks, a sliding window in every second layer
+    "gpt_oss": {
+        "head_dim": 64,
+        "sliding_window": 32,
+        # published with truncate=False, which llama.cpp's YaRN does not have: it rounds the ends of the ramp
+        # to whole dimensions
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
 
 
-MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "granitemoe", "phimoe", "gpt_oss")
+def _long_rope(n_rotary: int) -> dict[str, Any]:
+    max_positions, trained_positions = COMMON["max_position_embeddings"], 256
+    scale = math.sqrt(1 + math.log(max_positions / trained_positions) / math.log(trained_positions))
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": trained_positions,
+        "short_factor": [1.0] * (n_rotary // 2),
+        "long_factor": [1.5] * (n_rotary // 2),
+        "short_mscale": scale,
+        "long_mscale": scale,
+    }
 
 
 def make_tiny(
@@ -152,8 +143,16 @@ def make_tiny(
 
     `mxfp4` stores the experts of gpt_oss as its published checkpoints do.
     """
-    common = COMMON | _options(model_type, hidden, intermediate, n_experts, top_k) | {"hidden_size": hidden}
-    config = AutoConfig.for_model(model_type, **(common | options))
+    n_experts_key, width_key = SIZES[model_type]
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        n_experts_key: n_experts,
+        "num_experts_per_tok": top_k,
+        width_key: intermediate,
+    }
+    if model_type == "phimoe":
+        sizes["rope_parameters"] = _long_rope(hidden // COMMON["num_attention_heads"])
+    config = AutoConfig.for_model(model_type, **(COMMON | SPECIAL[model_type] | sizes | options))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, seed)
@@ -171,7 +170,9 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
     # experts of gpt_oss multiply from the right: (E, in, out)
     in_axis = -2 if model.config.model_type == "gpt_oss" else -1
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        # DeepSeek-V3's choice bias is a buffer
+        biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("_bias")]
+        for name, parameter in sorted([*model.named_parameters(), *biases], key=itemgetter(0)):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))

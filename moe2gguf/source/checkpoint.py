@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import moe2gguf
 from moe2gguf.errors import SourceError
@@ -63,13 +64,14 @@ def check_files(folder: Path) -> None:
     """Raises SourceError unless configuration, tokenizer and every weight file are there and whole."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    read_json(folder / "config.json")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise SourceError(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there"
         )
     names_of_file: dict[str, set[str]] = {}
     if (folder / WEIGHTS_INDEX).is_file():
-        for tensor_name, file_name in _json(folder / WEIGHTS_INDEX)["weight_map"].items():
+        for tensor_name, file_name in read_json(folder / WEIGHTS_INDEX)["weight_map"].items():
             names_of_file.setdefault(file_name, set()).add(tensor_name)
     else:
         names_of_file = {file.name: set() for file in folder.glob("model*.safetensors")}
@@ -114,7 +116,8 @@ def safetensors_names(file: Path) -> set[str]:
     return set(header)
 
 
-def _json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises SourceError if the file is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

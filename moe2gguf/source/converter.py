@@ -23,6 +23,8 @@ import torch
 import transformers
 
 from moe2gguf.errors import SourceError
+from moe2gguf.runtime import find_runtime
+from moe2gguf.source.checkpoint import read_json
 from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
 
 CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
@@ -78,18 +80,10 @@ def known_pre_tokenizers(model_class: Any) -> list[str]:
     return sorted(set(re.findall(r'res = "([^"]+)"', inspect.getsource(model_class.get_vocab_base_pre))))
 
 
-def _converter_tree() -> Path:
-    if "MOE2GGUF_TREE" in os.environ:
-        return Path(os.environ["MOE2GGUF_TREE"])
-    from moe2gguf.runtime import find_runtime
-
-    return find_runtime().tree
-
-
 def _import_conversion() -> ModuleType:
     if "conversion" in sys.modules:
         return sys.modules["conversion"]
-    package = _converter_tree() / "conversion"
+    package = find_runtime().tree / "conversion"
     spec = importlib.util.spec_from_file_location(
         "conversion", package / "__init__.py", submodule_search_locations=[str(package)]
     )
@@ -109,12 +103,12 @@ def _import_conversion() -> ModuleType:
 
 
 def _model_class(conversion: ModuleType, folder: Path) -> Any:
+    config = read_json(folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hf_architecture = conversion.get_model_architecture(config, conversion.ModelType.TEXT)
     except ValueError as error:
         raise SourceError(
-            f"{folder / 'config.json'} names no architecture that can be read: {error}"
+            f"{folder / 'config.json'} names no architecture; add it as the original has it"
         ) from error
     try:
         return conversion.get_model_class(hf_architecture)
@@ -123,7 +117,7 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
         raise SourceError(
             f"{folder} is a {hf_architecture}, which llama.cpp's converter does not know"
             + (f" (close: {', '.join(close)})" if close else "")
-            + f"; `python {_converter_tree() / 'convert_hf_to_gguf.py'} --print-supported-models` lists all"
+            + f"; `python {find_runtime().tree / 'convert_hf_to_gguf.py'} --print-supported-models` lists all"
         ) from error
 
 
