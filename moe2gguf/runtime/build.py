@@ -107,6 +107,10 @@ def load_build(folder: Path) -> Build:
     return Build(info_from_json((folder / "runtime.json").read_text(encoding="utf-8")), folder)
 
 
+def info_to_json(info: BuildInfo) -> str:
+    return json.dumps(asdict(info), indent=1) + "\n"
+
+
 def info_from_json(text: str) -> BuildInfo:
     fields: dict[str, Any] = json.loads(text)
     return BuildInfo(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
@@ -217,7 +221,7 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     work = cache / f"build-{info.key}"
     work.mkdir(exist_ok=True)
     log = cache / f"build-{info.key}.log"
-    log.write_text(json.dumps(asdict(info), indent=1) + "\n")
+    log.write_text(info_to_json(info))
 
     env = {**env, **info.environment, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "CCACHE_BASEDIR": str(work)}
     progress("preparing the build tools", 0, 0)
@@ -291,7 +295,7 @@ def _prepare_source(sdist: Path, upstream: Upstream, info: BuildInfo, target: Pa
     apply_series(upstream.patches, tree)
     package = aside / "llama_cpp"
     _replace_once(package / "__init__.py", f'__version__ = "{upstream.version}"', f'__version__ = "{info.version}"')
-    (package / INFO_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n")
+    (package / INFO_FILE).write_text(info_to_json(info))
     pyproject = tree / "gguf-py" / "pyproject.toml"
     version = re.search(r'^version = "(.+)"$', pyproject.read_text(), re.MULTILINE)
     assert version is not None, pyproject
@@ -328,6 +332,6 @@ def _assemble(info: BuildInfo, work: Path, upstream: Upstream, target: Path) -> 
         source, copy = work / "source" / upstream.tree / part, aside / "tree" / part
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy2(source, copy)
-    (aside / "runtime.json").write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    (aside / "runtime.json").write_text(info_to_json(info), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)  # an entry without runtime.json
     aside.rename(target)

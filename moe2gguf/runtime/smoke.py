@@ -23,7 +23,7 @@ _DEVICE_TYPE_CPU = 0
 _TOLERANCE = 0.15  # of a product's norm; 4-bit weights and 8-bit activations of normal noise stay below 0.11
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
@@ -33,17 +33,21 @@ def load(folder: Path, name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / f"lib{name}{suffix}"), mode=ctypes.RTLD_GLOBAL)
 
 
-def _declare(library: ctypes.CDLL, name: str, result: object, *arguments: object) -> None:
+def declare(library: ctypes.CDLL, name: str, result: object, *arguments: object) -> None:
     function = getattr(library, name)
     function.restype, function.argtypes = result, arguments
 
 
-def open_ggml(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """libggml-base and libggml of FOLDER, with the functions used here declared."""
-    base, ggml = load(folder, "ggml-base"), load(folder, "ggml")
+def open_ggml(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL, ctypes.CDLL]:
+    """libggml-base, libggml-cpu and libggml of FOLDER, with the functions used here declared.
+
+    In this order, each before those that need it: in a wheel libX.so is a copy of the libX.so.0 they ask for, and
+    the loader recognises it only if it is there already.
+    """
+    base, cpu, ggml = (load(folder, name) for name in ("ggml-base", "ggml-cpu", "ggml"))
     p, i64 = c_void_p, c_int64
     for name, result, *arguments in (
-        ("ggml_init", p, _InitParams), ("ggml_free", None, p), ("ggml_tensor_overhead", c_size_t),
+        ("ggml_init", p, InitParams), ("ggml_free", None, p), ("ggml_tensor_overhead", c_size_t),
         ("ggml_graph_overhead", c_size_t), ("ggml_new_tensor_2d", p, p, c_int, i64, i64),
         ("ggml_mul_mat", p, p, p, p), ("ggml_nbytes", c_size_t, p), ("ggml_new_graph", p, p),
         ("ggml_build_forward_expand", None, p, p),
@@ -57,9 +61,9 @@ def open_ggml(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
         ("ggml_backend_supports_op", c_bool, p, p), ("ggml_backend_graph_compute", c_int, p, p),
         ("ggml_mul_mat_id_ext", p, p, POINTER(p), c_int, p, p, p),
     ):
-        _declare(base, name, result, *arguments)
-    _declare(ggml, "ggml_backend_dev_by_type", p, c_int)
-    return base, ggml
+        declare(base, name, result, *arguments)
+    declare(ggml, "ggml_backend_dev_by_type", p, c_int)
+    return base, cpu, ggml
 
 
 def cpu_buffer_types(base: ctypes.CDLL, device: int) -> list[int]:
@@ -77,7 +81,7 @@ def cpu_buffer_types(base: ctypes.CDLL, device: int) -> list[int]:
 
 
 def main(folder: Path) -> None:
-    base, ggml = open_ggml(folder)
+    base, _, ggml = open_ggml(folder)
     device = ggml.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU)
     backend = base.ggml_backend_dev_init(device, None)
 
@@ -98,7 +102,7 @@ def main(folder: Path) -> None:
                 print(f"{type_name} x {n_tokens} tokens in a {kind} buffer: error {error:.4f}")
 
     llama = load(folder, "llama")
-    _declare(llama, "llama_print_system_info", c_char_p)
+    declare(llama, "llama_print_system_info", c_char_p)
     print(llama.llama_print_system_info().decode())
 
 
@@ -108,7 +112,7 @@ def _multiply(
 ) -> np.ndarray | None:
     """f32 (T, N): x_TK times the quantised weight_NK, held in BUFFER_TYPE; None where the backend has no kernel."""
     context_bytes = 8 * base.ggml_tensor_overhead() + base.ggml_graph_overhead()
-    weights, compute = (base.ggml_init(_InitParams(context_bytes, None, True)) for _ in range(2))
+    weights, compute = (base.ggml_init(InitParams(context_bytes, None, True)) for _ in range(2))
     buffers = []
     try:
         w = base.ggml_new_tensor_2d(weights, ggml_type, K, N)

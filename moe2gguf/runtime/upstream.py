@@ -161,6 +161,8 @@ def apply_patch(patch: Path, root: Path) -> None:
                 i += 1
             if old[begin : begin + n_old] != [line[1:] for line in body if line[:1] != b"+"]:
                 raise RuntimeMissing(f"{patch.name} does not fit {path} at line {start}")
+            if i < len(lines) and lines[i].startswith(b"\\"):
+                raise RuntimeMissing(f"{patch.name} makes {path} end without a newline, which is not supported")
             new += old[n_copied:begin] + [line[1:] for line in body if line[:1] != b"-"]
             n_copied = begin + n_old
         new += old[n_copied:] if not is_new else [b""]

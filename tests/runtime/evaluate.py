@@ -1,0 +1,62 @@
+"""Load a model and save its logits. Run as a child, `python -m tests.runtime.evaluate MODEL OUT.npy OPTION...`.
+
+Options: mmap, repack. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D tokens decoded one
+by one. Where the model cannot be loaded, exits with 3 and what llama.cpp logged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import llama_cpp
+import numpy as np
+
+N_PROMPT, N_DECODE = 70, 3  # more than the batch floor of the tiled kernels
+CANNOT_LOAD = 3
+
+
+def main(model_path: str, target: str, *options: str) -> None:
+    logged: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        logged.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if "mmap" in options else llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.use_extra_bufts = "repack" in options
+    model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
+    if not model:
+        print("".join(logged))
+        sys.exit(CANNOT_LOAD)
+    context_params = llama_cpp.llama_context_default_params()
+    context_params.n_ctx = context_params.n_batch = context_params.n_ubatch = 128
+    context_params.n_threads = context_params.n_threads_batch = 2
+    context = llama_cpp.llama_init_from_model(model, context_params)
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
+    tokens = np.random.default_rng(0).integers(0, n_vocab, N_PROMPT + N_DECODE)
+
+    logits = np.full((len(tokens), n_vocab), np.nan, dtype=np.float32)
+    for first, n in [(0, N_PROMPT)] + [(N_PROMPT + i, 1) for i in range(N_DECODE)]:
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(tokens[first + i]), first + i, 1, 1
+            batch.seq_id[i][0] = 0
+        if llama_cpp.llama_decode(context, batch) != 0:
+            sys.exit("llama_decode failed")
+        for i in range(n):
+            pointer = llama_cpp.llama_get_logits_ith(context, i)
+            logits[first + i] = np.ctypeslib.as_array(pointer, (n_vocab,))
+        llama_cpp.llama_batch_free(batch)
+    np.save(target, logits)
+    # what is read from where, for the tests that want a certain kind of buffer
+    print("".join(line for line in logged if "buffer size" in line))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

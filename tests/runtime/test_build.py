@@ -1,0 +1,140 @@
+"""Cache keys, and one sentence for everything that is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe2gguf.errors import RuntimeMissing
+from moe2gguf.runtime import build as build_module
+from moe2gguf.runtime.build import build, describe
+from moe2gguf.runtime.process import run_logged
+from moe2gguf.runtime.toolchain import Toolchain, find_toolchain
+from moe2gguf.runtime.upstream import read_upstream
+
+TOOLCHAIN = Toolchain("/usr/bin/cc", "/usr/bin/c++", ("cc 12", "c++ 12"), "#define __AMX_TILE__ 1\n")
+
+
+def key(*, toolchain: Toolchain = TOOLCHAIN, env: dict[str, str] | None = None, amx: bool = True, **upstream: object) -> str:
+    return describe(replace(read_upstream(), **upstream), toolchain, env or {}, amx=amx).key
+
+
+def test_key_stands_for_everything_that_changes_the_library(tmp_path) -> None:
+    patch = tmp_path / "x.patch"
+    patch.write_text("x")
+    keys = [
+        key(),
+        key(sha256="0" * 64),
+        key(patches=(patch,)),
+        key(amx=False),
+        key(env={"CFLAGS": "-O1"}),
+        key(env={"CMAKE_ARGS": "-DGGML_CUDA=ON"}),
+        key(toolchain=replace(TOOLCHAIN, versions=("cc 13", "c++ 13"))),
+        key(toolchain=replace(TOOLCHAIN, native_macros="")),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_key_does_not_depend_on_the_rest() -> None:
+    assert key(env={"HOME": "/x", "CFLAGS": ""}) == key(env={"LANG": "C"}) == key()
+
+
+def test_flags_against_amx_are_added_to_the_users() -> None:
+    info = describe(read_upstream(), TOOLCHAIN, {"CFLAGS": "-g"}, amx=False)
+    assert info.environment["CFLAGS"] == "-g -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    assert info.environment["CXXFLAGS"] == "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    assert build_module.info_from_json(build_module.info_to_json(info)) == info
+
+
+def test_version_is_a_local_version() -> None:
+    from packaging.version import Version
+
+    info = describe(read_upstream(), TOOLCHAIN, {}, amx=True)
+    assert str(Version(info.version)) == info.version  # pip would normalise anything else, and never find it again
+    assert Version(info.version).public == read_upstream().version
+
+
+@pytest.mark.parametrize(("variable", "language"), [("CC", "C"), ("CXX", r"C\+\+")])
+def test_missing_compiler(monkeypatch, tmp_path, variable, language) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeMissing, match=rf"no {language} compiler found \(looked for no-such-compiler\): install one"):
+        build()
+
+
+def test_no_compiler_on_the_path(tmp_path) -> None:
+    with pytest.raises(RuntimeMissing, match="looked for cc, gcc, clang"):
+        find_toolchain({"PATH": str(tmp_path)})
+
+
+def test_full_disk(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(build_module, "_NEEDED_BYTES", 10**18)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeMissing, match=r"building needs .* GB in .*moe2gguf and there are .* GB"):
+        build()
+
+
+def test_cache_that_is_a_file(monkeypatch, tmp_path) -> None:
+    (tmp_path / "moe2gguf").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeMissing, match="cannot write the cache folder .*moe2gguf.*XDG_CACHE_HOME"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("cc1: fatal error: /x.s: No space left on device", "the disk is full"),
+        ("socket.gaierror: [Errno -3] Temporary failure in name resolution", "there is no network"),
+        ("nothing known", "exit code 3"),
+    ],
+)
+def test_failed_step_is_one_sentence_with_the_log(tmp_path, output, sentence) -> None:
+    log = tmp_path / "log"
+    program = f"import sys; print({output!r}); sys.exit(3)"
+    with pytest.raises(RuntimeMissing, match=f"^baking failed: {sentence}.*log: {log}") as caught:
+        run_logged([sys.executable, "-c", program], what="baking", log=log)
+    assert "\n" not in str(caught.value)
+    assert output in log.read_text()
+
+
+def test_missing_program(tmp_path) -> None:
+    with pytest.raises(RuntimeMissing, match="baking failed: the program no-such-program is not installed"):
+        run_logged(["no-such-program"], what="baking", log=tmp_path / "log")
+
+
+def test_no_network(monkeypatch, tmp_path) -> None:
+    """With pip cut off from every index, the first thing to fetch fails with one sentence, and nothing is left locked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeMissing, match="installing the build tools failed: the package index does not have it"):
+            build()
+
+
+def test_a_second_build_waits(tmp_path) -> None:
+    """The lock is between processes: the second one says that it waits, and goes on when the first is done."""
+    program = (
+        "import sys, time; from pathlib import Path; from moe2gguf.runtime.build import _lock\n"
+        "with _lock(Path(sys.argv[1]), lambda *stage: print('waiting', flush=True)):\n"
+        "    print('in', flush=True); sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    first, second = (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        for _ in range(2)
+    )
+    with first, second:
+        assert {first.stdout.readline(), second.stdout.readline()} == {"in\n", "waiting\n"}
+        for process in (first, second):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert "in\n" in [first.stdout.readline(), second.stdout.readline()]
+        first.stdin.close()
+        second.stdin.close()
+        assert first.wait() == second.wait() == 0
