@@ -2,8 +2,8 @@
 
 The text is cut into chunks of n_ctx tokens; the first token of a chunk becomes BOS where the vocabulary wants
 one, and the predictions from the chunk's second half are scored. Chunk by chunk every model runs on the same
-tokens, so no logits are stored and none are rounded, unlike in llama-perplexity's file of base log-probabilities
-in 16 bits, which also ends 16 nats below the likeliest token.
+tokens, so no logits are stored and none are rounded. llama-perplexity's file of base log-probabilities holds
+16 bits of each and ends 16 nats below the likeliest token.
 
 Shapes: T scored predictions of one chunk, V vocabulary.
 """
@@ -71,7 +71,7 @@ def evaluate(
 
     Raises Moe2ggufError where a file does not load, vocabularies differ, or the text is shorter than a chunk.
     """
-    n_threads = n_threads or _available_cores()
+    n_threads = n_threads or available_cores()
     paths = [Path(path) for path in (base_path, *candidate_paths)]
     # models side by side, each on its share of the cores: threads of one small model mostly wait
     n_side_by_side = min(n_threads, len(paths))
@@ -177,7 +177,8 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std() / math.sqrt(len(values) - 1))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Those this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -103,8 +103,8 @@ def test_agrees_with_llama_perplexity(files, tmp_path):
     (e,) = evaluate(base, [candidate], text)
     assert e.n_chunks >= 6
     step, one_flip = HALF_STEP_NATS + BATCHING_NATS, 1 / e.n_tokens
-    # these come from unrounded logits; the base's own among the KLD statistics would not do: a target more than
-    # 16 nats below the likeliest token counts as 16 there
+    # these come from unrounded logits; the base's own among the KLD statistics would not do: a target further
+    # than 16 nats below the likeliest token counts as 16 there
     assert theirs("Final estimate: PPL") == pytest.approx(
         [e.base_perplexity, e.base_perplexity_error], rel=2e-5
     )
