@@ -140,6 +140,16 @@ def test_the_bundled_model() -> None:
     assert source.metadata.size_label == "16x4.1M"
 
 
+def test_name_and_metadata_by_hand(qwen3: Path, tmp_path: Path) -> None:
+    assert open_source(qwen3, model_name="Some Name").name == "Some Name"
+    (tmp_path / "metadata.json").write_text(json.dumps({"general.author": "Somebody"}))
+    source = open_source(qwen3, metadata_file=tmp_path / "metadata.json")
+    assert source.metadata.author == "Somebody"
+    assert "Somebody" in [pair.value for pair in source.kv if pair.key == "general.author"]
+    with pytest.raises(Moe2ggufError, match=r"no\.json cannot be read: No such file"):
+        open_source(qwen3, metadata_file=tmp_path / "no.json")
+
+
 def test_routing_groups(tmp_path: Path) -> None:
     assert open_source(make_tiny("deepseek_v3", tmp_path)).n_expert_groups == 2
 
@@ -198,7 +208,8 @@ def test_mxfp4_is_kept_and_decoded(tmp_path: Path) -> None:
         dtype=torch.float32,
     )
     gate = source.tensor("blk.0.ffn_gate_exps.weight")
-    assert gate.native_type == gguf.GGMLQuantizationType.MXFP4 and gate.load_native is not None
+    assert gate.native_type == gguf.GGMLQuantizationType.MXFP4
+    assert gate.load_native is not None
     np.testing.assert_array_equal(gate.load(), gate_up_EKN[:, :, ::2].transpose(1, 2).numpy())
 
     tokens = list(range(64))
@@ -280,7 +291,9 @@ def test_opening_reads_no_weights_and_loading_keeps_none(tmp_path: Path) -> None
 def test_each_load_is_a_new_array(qwen3: Path) -> None:
     for tensor in open_source(qwen3).tensors:
         first = tensor.load()
-        assert first.shape == tensor.shape and first.dtype == np.float32 and first.flags.c_contiguous
+        assert first.shape == tensor.shape
+        assert first.dtype == np.float32
+        assert first.flags.c_contiguous
         kept = first.copy()
         first[...] = -1.0
         np.testing.assert_array_equal(tensor.load(), kept, err_msg=tensor.name)
@@ -397,7 +410,7 @@ def test_pre_tokenizer_by_hand(damaged: Path) -> None:
         open_source(damaged)
     source = open_source(damaged, pre_tokenizer="gpt-2")
     assert {pair.key: pair.value for pair in source.kv}["tokenizer.ggml.pre"] == "gpt-2"
-    with pytest.raises(Moe2ggufError, match="qwen3 is not a pre-tokenizer of llama.cpp; name the one"):
+    with pytest.raises(Moe2ggufError, match=r"qwen3 is not a pre-tokenizer of llama.cpp; name the one"):
         open_source(damaged, pre_tokenizer="qwen3")
 
 
@@ -474,7 +487,8 @@ def test_damage_is_named_in_one_sentence(kind: str, damaged: Path) -> None:
     damage(damaged)
     with pytest.raises(Moe2ggufError, match=message) as caught:
         open_source(damaged)
-    assert str(damaged) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(damaged) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

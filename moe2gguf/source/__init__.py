@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from moe2gguf.errors import SourceError
-from moe2gguf.source.checkpoint import check_files, resolve_model
+from moe2gguf.source.checkpoint import check_files, read_json, resolve_model
 from moe2gguf.source.converter import convert_lazily
 from moe2gguf.source.lazy import evaluate
 
@@ -131,6 +131,8 @@ def open_source(
     """
     folder = resolve_model(model)
     check_files(folder)
+    if metadata_file is not None:
+        read_json(metadata_file)  # the converter passes over a file that is not there
     converted = convert_lazily(
         folder,
         pre_tokenizer=pre_tokenizer,

@@ -117,8 +117,10 @@ def safetensors_names(file: Path) -> set[str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises SourceError if the file is not JSON."""
+    """Raises SourceError if the file is not there or not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise SourceError(f"{file} is not valid JSON: {error}") from error

@@ -87,7 +87,8 @@ def _import_conversion() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "conversion", package / "__init__.py", submodule_search_locations=[str(package)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["conversion"] = module
     # without it the converter puts the tree's gguf-py on sys.path; the runtime has installed that one already
@@ -165,7 +166,7 @@ def _quiet(verbose: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels):
+        for logger, level in zip(loggers, levels, strict=False):
             logger.setLevel(level)
         if bars_shown:
             transformers.utils.logging.enable_progress_bar()
