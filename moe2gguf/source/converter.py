@@ -166,7 +166,7 @@ def _quiet(verbose: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=False):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars_shown:
             transformers.utils.logging.enable_progress_bar()
