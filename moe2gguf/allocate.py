@@ -3,8 +3,8 @@
     min Σ_u Σ_j Δ_uj x_uj    s.t.  Σ_j x_uj = 1,  Σ bytes_uj x_uj ≤ budget,
     and the experts of one (layer, projection) form at most max_groups runs of one type
 
-The last rule couples the experts of a layer. At a price λ per byte the problem falls apart into layers, so a search over
-λ finds each layer's best few types and a lower bound; what is left, one type out of those few for every unit, is a
+The last rule couples the experts of a layer. At a price λ per byte the problem falls apart into layers, so a search
+over λ finds each layer's best few types and a lower bound; what is left, one type out of those few for every unit, is a
 multiple-choice knapsack for HiGHS.
 
 Shapes: U units, J types, E experts.
@@ -13,14 +13,14 @@ Shapes: U units, J types, E experts.
 import dataclasses
 import json
 import os
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-from moe2gguf.costs import CostTable, Unit
+from moe2gguf.costs import CostTable
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.ggml import QuantType
 
@@ -50,16 +50,7 @@ class Allocation:
         return self.tensor_bytes * 8 / self.n_params
 
 
-@dataclasses.dataclass(frozen=True)
-class _Merged:
-    """Units that must share a type, as one row of the program."""
-
-    members: np.ndarray  # indices of units
-
-
-def allocate(
-    table: CostTable, budget_bytes: int, *, layout: str, max_groups: int = MAX_GROUPS
-) -> Allocation:
+def allocate(table: CostTable, budget_bytes: int, *, layout: str, max_groups: int = MAX_GROUPS) -> Allocation:
     """The cheapest allocation whose tensors take at most budget_bytes. Raises BudgetError outside what is reachable."""
     rows = _rows(table, shared=layout == "stock" or max_groups == 1)
     cost_UJ = np.array([table.cost_UJ[row].sum(0) for row in rows])
@@ -72,9 +63,7 @@ def allocate(
         blocks = _expert_blocks(table)
     lower_bound, allowed_UJ = _best_subsets(cost_UJ, bytes_UJ, available, blocks, max_groups)
     choice_U = _knapsack(np.where(allowed_UJ, cost_UJ, np.inf), bytes_UJ, available)
-    chosen = {
-        table.units[member].name: table.types[j] for row, j in zip(rows, choice_U, strict=True) for member in row
-    }
+    chosen = {table.units[member].name: table.types[j] for row, j in zip(rows, choice_U, strict=True) for member in row}
     picked = np.arange(len(rows)), choice_U
     return Allocation(
         layout=layout,
@@ -119,7 +108,7 @@ def expert_order(gate_up: list[QuantType], down: list[QuantType]) -> np.ndarray:
 
 def n_runs(types: list[QuantType], order: np.ndarray) -> int:
     in_order = [types[e] for e in order]
-    return 1 + sum(a != b for a, b in zip(in_order, in_order[1:], strict=False))
+    return 1 + sum(a != b for a, b in pairwise(in_order))
 
 
 def _rows(table: CostTable, *, shared: bool) -> list[list[int]]:

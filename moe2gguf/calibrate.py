@@ -74,7 +74,7 @@ def calibrate(
                         step("statistics", start, n_sequences)
                         batch = hidden_SLD[start : start + batch_sequences]
                         batch.copy_(stream.run(index, layer, batch))
-                probes.advance(index, layer, lambda done, total: step("probes", done, total))  # noqa: B023
+                probes.advance(index, layer, lambda done, total: step("probes", done, total))
                 for path, matrix in capture.matrices.items():
                     name = f"layers.{index}.{path}"
                     importance[name] = matrix.importance_K()
@@ -84,7 +84,7 @@ def calibrate(
                     stats = expert_statistics(block, capture, n_sequences)
                     layers[index] = stats
                     error_EJ[f"layers.{index}.gate_up"], error_EJ[f"layers.{index}.down"] = measure.experts(
-                        block, capture, stats, rng, lambda done, total: step("errors", done, total)  # noqa: B023
+                        block, capture, stats, rng, lambda done, total: step("errors", done, total)
                     )
                     probes.branch_experts(index, layer, block, stats)
                 probes.pass_layer(index, layer)

@@ -86,9 +86,7 @@ class LayerCapture:
         return torch.cat(self._x), torch.cat(self._ids), torch.cat(self._gates)
 
 
-def tokens_of(
-    expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_of(expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens an expert was routed, i64 (n,), and with what gate weights, f32 (n,)."""
     token_n, slot_n = torch.where(ids_TK == expert)
     return token_n, gates_TK[token_n, slot_n]

@@ -25,13 +25,28 @@ from moe2gguf.stats import CalibrationStats, MatrixErrors
 CANDIDATES = tuple(
     QuantType[name]
     for name in (
-        "IQ1_M IQ2_XXS IQ2_XS IQ2_S Q2_K IQ3_XXS IQ3_S Q3_K IQ4_XS Q4_K Q5_K Q6_K IQ4_NL Q5_0 Q5_1 Q8_0".split()
+        [
+            "IQ1_M",
+            "IQ2_XXS",
+            "IQ2_XS",
+            "IQ2_S",
+            "Q2_K",
+            "IQ3_XXS",
+            "IQ3_S",
+            "Q3_K",
+            "IQ4_XS",
+            "Q4_K",
+            "Q5_K",
+            "Q6_K",
+            "IQ4_NL",
+            "Q5_0",
+            "Q5_1",
+            "Q8_0",
+        ]
     )
 )
-SMALL_BLOCK_TYPES = tuple(t for t in CANDIDATES if ggml.block_shape(t)[0] == 32)
-
-# fewest bits per weight by role. The probes predict well near the types they were measured with; below these floors they
-# would have to extrapolate, on matrices whose share of the file is small
+# fewest bits per weight by role. The probes predict well near the types they were measured with; below these floors
+# they would have to extrapolate, on matrices whose share of the file is small
 ROLE_FLOORS_BPW = {"embedding": 2.5, "output": 3.0, "attention": 2.5, "shared": 2.0, "dense": 2.0, "expert": 1.7}
 # what no probe reached, such as the halves of a split MLA projection, is kept nearly exact
 UNMEASURED_TYPES = (QuantType.Q8_0, QuantType.BF16)
@@ -209,9 +224,7 @@ def _costs_EJ(errors: MatrixErrors, types: tuple[QuantType, ...]) -> np.ndarray:
     sensitivity = np.maximum(errors.probe_kl, 1e-9) / np.maximum(probe_error, 1e-30)
     order = np.argsort(probe_error)
     with np.errstate(divide="ignore"):
-        sensitivity_J = np.exp(
-            np.interp(np.log(total_J), np.log(probe_error[order]), np.log(sensitivity[order]))
-        )
+        sensitivity_J = np.exp(np.interp(np.log(total_J), np.log(probe_error[order]), np.log(sensitivity[order])))
     return errors.error_EJ * np.where(np.isfinite(total_J), sensitivity_J, 1.0)
 
 

@@ -8,6 +8,7 @@ Shapes: E experts, I intermediate, D hidden, n tokens of one expert.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from moe2gguf.errors import SourceError
 class ExpertBlock:
     """The routed experts of one decoder layer, and the matrix that scores them."""
 
-    module: nn.Module
+    module: Any  # transformers' experts module: no common base class declares its attributes
     router_ED: torch.Tensor
 
     @property

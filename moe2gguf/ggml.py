@@ -12,10 +12,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as QuantType
 
 from moe2gguf.errors import RuntimeMissing
-
-QuantType = gguf.GGMLQuantizationType
 
 _LIBRARY_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 

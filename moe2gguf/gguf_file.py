@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType as ValueType
 
 from moe2gguf.errors import OutputError
 from moe2gguf.ggml import QuantType
@@ -21,7 +22,7 @@ from moe2gguf.source import Source
 # the loader of the patched runtime strips it; stock llama.cpp names it as an unknown architecture
 GROUPED_SUFFIX = "+grouped"
 
-ValueType = gguf.GGUFValueType
+KeyValues = dict[str, tuple[Any, ValueType, ValueType | None]]  # key -> value, type, type of an array's elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ def write_gguf(
     source: Source,
     plan: FilePlan,
     tensors: Iterator[tuple[TensorPlan, np.ndarray]],
-    extra_kv: dict[str, tuple[Any, ValueType, ValueType | None]],
+    extra_kv: KeyValues,
     target: Target,
 ) -> list[Path]:
-    """Returns the files written: one, or the shards in order. Nothing appears under the final name before all is done."""
+    """The files written: one, or the shards in order. Nothing appears under the final name before all is done."""
     with _aside(target.path) as aside:
         writer = _writer(source, plan, extra_kv, target, aside)
         try:
@@ -83,9 +84,7 @@ def write_gguf(
         return written
 
 
-def file_bytes(
-    source: Source, plan: FilePlan, extra_kv: dict[str, tuple[Any, ValueType, ValueType | None]]
-) -> int:
+def file_bytes(source: Source, plan: FilePlan, extra_kv: KeyValues) -> int:
     """Exact size of the unsplit file: its header is really written, to a temporary folder."""
     with TemporaryDirectory() as folder:
         target = Target(Path(folder) / "header.gguf")
@@ -102,7 +101,7 @@ def file_bytes(
 def _writer(
     source: Source,
     plan: FilePlan,
-    extra_kv: dict[str, tuple[Any, ValueType, ValueType | None]],
+    extra_kv: KeyValues,
     target: Target,
     folder: Path,
 ) -> gguf.GGUFWriter:

@@ -44,9 +44,7 @@ class Measure:
         rows = _sample(rng, len(weight_NK), MAX_MATRIX_ROWS)
         scale = len(weight_NK) / len(rows) / len(x_nK)
         importance_K = matrix.importance_K()
-        jobs = [
-            self.pool.submit(_matrix_error, weight_NK[rows], t, importance_K, x_nK, scale) for t in self.types
-        ]
+        jobs = [self.pool.submit(_matrix_error, weight_NK[rows], t, importance_K, x_nK, scale) for t in self.types]
         return np.array([[job.result() for job in jobs]])
 
     def experts(

@@ -1,6 +1,6 @@
 """The stages in order. No printing here: progress and notes go out through callables.
 
-    source -> calibrate -> cost table -> allocate -> quantise -> GGUF
+source -> calibrate -> cost table -> allocate -> quantise -> GGUF
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import transformers
@@ -20,7 +19,7 @@ from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.ggml import QuantType
-from moe2gguf.gguf_file import Target, ValueType, check_target, file_bytes, write_gguf
+from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform, reorderable
 from moe2gguf.sample import sample_text
 from moe2gguf.source import Source, open_source
@@ -114,26 +113,39 @@ def convert(
     budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides)
     calibration = calibration or Calibration()
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
-    target = Target(
-        outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite
-    )
+    target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
     work = work_folder or work_folder_for(source, target.path)
     # a budget out of reach and a target that cannot be written are found before the hours of work
-    provisional, _ = fit_budget(source, None, cost_table(source, None, types=types, overrides=overrides), budget, choice)
+    provisional, _ = fit_budget(
+        source, None, cost_table(source, None, types=types, overrides=overrides), budget, choice
+    )
     check_target(target, provisional.tensor_bytes)
 
     stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
     table = cost_table(source, stats, types=types, overrides=overrides)
     allocation, plan = fit_budget(source, stats, table, budget, choice)
     report_allocation(source, table, stats, allocation, budget, choice, note)
-    paths = write_gguf(
-        source,
-        plan,
-        encode_tensors(plan, threads, lambda name, done, total: progress(f"quantise {name}", done, total)),
-        provenance(source, stats, allocation, choice, budget),
-        target,
-    )
+    assert plan is not None
+    paths = _write(source, plan, provenance(source, stats, allocation, choice, budget), target, threads, progress)
     return ConvertResult(tuple(paths), allocation, work / "stats.safetensors", work / "calibration.txt")
+
+
+def write_allocation(
+    source: Source,
+    stats: CalibrationStats,
+    allocation: Allocation,
+    target: Target,
+    n_threads: int,
+    progress: Progress = no_progress,
+) -> list[Path]:
+    """The file of an allocation made before."""
+    table = cost_table(source, stats)
+    if set(allocation.types) != {unit.name for unit in table.units} or allocation.fixed.keys() != table.fixed.keys():
+        raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
+    check_target(target, allocation.tensor_bytes)
+    plan = plan_file(source, table, allocation, stats)
+    budget, choice = Budget(size_bytes=allocation.budget_bytes), Choice(allocation.layout)
+    return _write(source, plan, provenance(source, stats, allocation, choice, budget), target, n_threads, progress)
 
 
 def write_float(
@@ -160,18 +172,16 @@ def calibrated(
 ) -> CalibrationStats:
     """The statistics in `work` if they answer the same request, else new ones, saved there."""
     path = work / "stats.safetensors"
-    request = _request(source, calibration)
+    if (stats := statistics_at_hand(source, calibration, work)) is not None:
+        note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
+        return stats
     if path.exists():
-        stats = load_stats(path)
-        if stats.request == request:
-            note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
-            return stats
         note(f"the statistics in {path} answer another request: calibrating anew")
     work.mkdir(parents=True, exist_ok=True)
     text = _calibration_text(source, calibration, work, n_threads, progress)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     (work / "calibration.txt").write_text(
-        "\n".join(tokenizer.decode(sequence, skip_special_tokens=True) for sequence in text.tokens_SL),
+        "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in text.tokens_SL),
         encoding="utf-8",
     )
     stats = calibrate(
@@ -179,7 +189,7 @@ def calibrated(
         text,
         CANDIDATES,
         source_sha256=source_digest(source),
-        request=request,
+        request=_request(source, calibration),
         n_probe_tokens=calibration.n_probe_tokens,
         n_threads=n_threads,
         seed=calibration.seed,
@@ -187,6 +197,13 @@ def calibrated(
     )
     save_stats(stats, path)
     return stats
+
+
+def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> CalibrationStats | None:
+    """The statistics in `work`, if there are any and they answer this request."""
+    path = work / "stats.safetensors"
+    stats = load_stats(path) if path.exists() else None
+    return stats if stats is not None and stats.request == _request(source, calibration) else None
 
 
 def fit_budget(
@@ -236,14 +253,12 @@ def report_allocation(
             f"{len(table.small_block_units)} matrices have columns that are no multiple of 256 and use types with "
             f"blocks of 32 (first: {table.small_block_units[0]})"
         )
-    cold = {
-        layer: int((expert.n_tokens_E < 32).sum()) for layer, expert in stats.layers.items()
-    }
+    cold = {layer: int((expert.n_tokens_E < 32).sum()) for layer, expert in stats.layers.items()}
     if sum(cold.values()):
         worst = max(cold, key=lambda layer: cold[layer])
         note(
-            f"{sum(cold.values())} experts saw fewer than 32 calibration tokens (most in layer {worst}: {cold[worst]}); "
-            "their importance leans on the layer's average"
+            f"{sum(cold.values())} experts saw fewer than 32 calibration tokens (most in layer {worst}: "
+            f"{cold[worst]}); their importance leans on the layer's average"
         )
     if allocation.tensor_bytes < 0.995 * allocation.budget_bytes:
         note(f"the largest types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
@@ -251,7 +266,7 @@ def report_allocation(
 
 def provenance(
     source: Source, stats: CalibrationStats, allocation: Allocation, choice: Choice, budget: Budget
-) -> dict[str, tuple[Any, ValueType, ValueType | None]]:
+) -> KeyValues:
     """Key-values that say where the file comes from and how to make it again."""
     string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
     recipe = {
@@ -262,7 +277,7 @@ def provenance(
         "overrides": [[pattern, t.name] for pattern, t in choice.overrides],
         "calibration": {"text": stats.text, "tokens": stats.n_tokens, "probe_tokens": stats.n_probe_tokens},
     }
-    values = {
+    values: KeyValues = {
         "general.quantized_by": ("moe2gguf", string, None),
         "moe2gguf.version": (__version__, string, None),
         "moe2gguf.layout": (allocation.layout, string, None),
@@ -306,7 +321,9 @@ def usable_cores() -> int:
 def _calibration_text(
     source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress
 ) -> CalibrationText:
-    length = min(calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens))
+    length = min(
+        calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens)
+    )
     if calibration.text_paths:
         return text_from_files(calibration.text_paths, source.path, calibration.n_sequences, length)
     writer = work / "sampling-q8_0.gguf"
@@ -324,16 +341,23 @@ def _calibration_text(
         writer.unlink(missing_ok=True)
 
 
-def _write_uniform(
-    source: Source, quant_type: QuantType, outfile: Path, n_threads: int, progress: Progress
-) -> Path:
+def _write(
+    source: Source,
+    plan: FilePlan,
+    extra_kv: KeyValues,
+    target: Target,
+    n_threads: int,
+    progress: Progress,
+) -> list[Path]:
+    encoded = encode_tensors(plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total))
+    return write_gguf(source, plan, encoded, extra_kv, target)
+
+
+def _write_uniform(source: Source, quant_type: QuantType, outfile: Path, n_threads: int, progress: Progress) -> Path:
     plan = plan_uniform(source, quant_type)
     target = Target(outfile, overwrite=True)
     check_target(target, plan.tensor_bytes)
-    encoded = encode_tensors(
-        plan, n_threads, lambda name, done, total: progress(f"write {quant_type.name} {name}", done, total)
-    )
-    return write_gguf(source, plan, encoded, {}, target)[0]
+    return _write(source, plan, {}, target, n_threads, progress)[0]
 
 
 def _request(source: Source, calibration: Calibration) -> str:

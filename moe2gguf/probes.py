@@ -39,9 +39,7 @@ class Probe:
 
 
 class Probes:
-    def __init__(
-        self, stream: LayerStream, pool: ThreadPoolExecutor, batch_sequences: int, tokens_SL: torch.Tensor
-    ):
+    def __init__(self, stream: LayerStream, pool: ThreadPoolExecutor, batch_sequences: int, tokens_SL: torch.Tensor):
         self._stream, self._pool, self._batch = stream, pool, batch_sequences
         self._clean_SLD = self._embed(tokens_SL)
         self._branches: dict[tuple[str, QuantType], torch.Tensor] = {}

@@ -72,29 +72,28 @@ def plan_file(source: Source, table: CostTable, allocation: Allocation, stats: C
     for unit in table.units:
         for name in unit.tensors:
             units_of.setdefault(name, []).append(unit)
-    types: dict[tuple[int, str], list[QuantType]] = {}
+    types: dict[tuple[int | None, str], list[QuantType]] = {}
     for unit in table.units:
-        if unit.layer is not None and unit.projection is not None:
+        if unit.projection is not None:
             types.setdefault((unit.layer, unit.projection), []).append(allocation.types[unit.name])
-    orders = {}
-    for layer in sorted(stats.layers):
-        order = expert_order(types[layer, "gate_up"], types[layer, "down"])
-        if len(set(types[layer, "gate_up"])) > 1 or len(set(types[layer, "down"])) > 1:
-            orders[layer] = order
+    orders: dict[int | None, np.ndarray] = {}
+    for index in sorted(stats.layers):
+        gate_up, down = types[index, "gate_up"], types[index, "down"]
+        if len({*gate_up}) > 1 or len({*down}) > 1:
+            orders[index] = expert_order(gate_up, down)
     plans: list[TensorPlan] = []
     for tensor in source.tensors:
         layer = layer_of(tensor.name)
         units = units_of.get(tensor.name)
-        order = orders.get(layer) if layer is not None and expert_axis(tensor.name) is not None else None
+        order = orders.get(layer) if expert_axis(tensor.name) is not None else None
         if units is None:
             plans.append(TensorPlan(tensor.name, tensor, allocation.fixed[tensor.name], order))
         elif units[0].expert is None:
             importance = stats.importance[units[0].importance][None] if units[0].importance else None
             plans.append(TensorPlan(tensor.name, tensor, allocation.types[units[0].name], None, importance))
         else:
-            assert layer is not None
             plans += _expert_plans(tensor, [allocation.types[u.name] for u in units], order, units[0], stats)
-    return FilePlan(tuple(plans), orders)
+    return FilePlan(tuple(plans), {layer: order for layer, order in orders.items() if layer is not None})
 
 
 def _expert_plans(
@@ -148,7 +147,7 @@ def _encode(tensor: TensorPlan, weight: np.ndarray, pool: ThreadPoolExecutor) ->
     if tensor.quant_type == QuantType.F32:
         return weight if tensor.experts is None else weight[tensor.experts]
     n_columns = weight.shape[-1]
-    is_expert = tensor.importance_EK is not None and len(tensor.importance_EK) > 1 or tensor.experts is not None
+    is_expert = (tensor.importance_EK is not None and len(tensor.importance_EK) > 1) or tensor.experts is not None
     matrices = weight.reshape(-1, *weight.shape[-2:]) if is_expert else weight.reshape(1, -1, n_columns)
     ids = range(len(matrices)) if tensor.experts is None else tensor.experts
     jobs = []

@@ -100,7 +100,7 @@ class _Model:
         self._lib.llama_model_free(self._model)
 
 
-_LOG_CALLBACKS = []  # ctypes needs them alive as long as the library may call them
+_LOG_CALLBACKS: list = []  # ctypes needs them alive as long as the library may call them
 
 
 def _quiet_log(llama_cpp):

@@ -93,7 +93,7 @@ def load_stats(path: Path) -> CalibrationStats:
     try:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})["moe2gguf"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Moe2ggufError(f"{path} is not a statistics file of `moe2gguf calibrate` ({error})") from error
     if header["format"] != FORMAT_VERSION:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -123,7 +123,7 @@ class LayerStream:
 
     @property
     def embedding_VD(self) -> torch.Tensor:
-        return self.model.get_input_embeddings().weight
+        return cast(torch.Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def head(self) -> nn.Linear:
@@ -148,7 +148,9 @@ class LayerStream:
         with self._shards.slices(names) as slices:
             state = _decode_mxfp4(slices) if self._mxfp4 else slices
             # the mapping collects tensors while it works, so each load gets a fresh copy
-            load_config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=copy.deepcopy(self._mapping))
+            load_config = LoadStateDictConfig(
+                dtype=torch.float32, weight_mapping=cast(Any, copy.deepcopy(self._mapping))
+            )
             transformers.utils.logging.disable_progress_bar()
             convert_and_load_state_dict_in_model(self.model, state, load_config)
 
@@ -176,7 +178,7 @@ class LayerStream:
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
         self.model.model(input_ids=tokens_BL, use_cache=False)
-        self._call_kwargs[tuple(tokens_BL.shape)] = [s.call_kwargs for s in self._stand_ins]
+        self._call_kwargs[tokens_BL.shape[0], tokens_BL.shape[1]] = [s.call_kwargs for s in self._stand_ins]
         hidden_BLD = self._stand_ins[0].seen_BLD
         assert hidden_BLD is not None
         return hidden_BLD

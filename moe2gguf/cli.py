@@ -1,0 +1,419 @@
+"""The command line: one command per stage, in the order of the pipeline."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moe2gguf import __version__
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.runtime.command import runtime
+
+console = Console()
+
+
+class _Group(click.Group):
+    """Prints a user's mistake as one sentence, exit code 1. Usage errors are click's, exit code 2."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except Moe2ggufError as error:
+            click.echo(f"moe2gguf: {error}", err=True)
+            context.exit(1)
+        except KeyboardInterrupt:
+            click.echo("moe2gguf: interrupted; statistics already written are kept", err=True)
+            context.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="moe2gguf")
+@click.option("--verbose", is_flag=True, help="Show what the libraries underneath have to say.")
+def main(verbose: bool) -> None:
+    """Compress a Hugging Face Mixture-of-Experts model into the best GGUF at a given size.
+
+    MODEL is a checkpoint folder, a Hub id such as Qwen/Qwen3-30B-A3B, or "demo" for the model that comes along.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+
+
+class _Size(click.ParamType):
+    """4500000000, 12GiB, 4.5G, 700M: the G of split sizes is 10^9, as llama.cpp has it; GiB is 2^30."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(iB|B)?)?", value)
+        if match is None:
+            self.fail(f"{value!r} is not a size like 12GiB, 4.5G or 700M", param, context)
+        power = {None: 0, "K": 1, "M": 2, "G": 3}[match[2]]
+        return int(float(match[1]) * (1024 if match[3] == "iB" else 1000) ** power)
+
+
+class _Type(click.ParamType):
+    """A ggml type that calibration measures."""
+
+    name = "type"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        from moe2gguf.costs import CANDIDATES
+
+        for candidate in CANDIDATES:
+            if candidate.name == value.upper():
+                return candidate
+        self.fail(f"{value!r} is not one of {', '.join(t.name for t in CANDIDATES)}", param, context)
+
+
+class _Override(_Type):
+    """REGEX=TYPE, as llama-quantize's --tensor-type."""
+
+    name = "regex=type"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        pattern, separator, quant_type = value.rpartition("=")
+        if not separator:
+            self.fail(f"{value!r} is not REGEX=TYPE", param, context)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.fail(f"{pattern!r} is not a regular expression: {error}", param, context)
+        return pattern, super().convert(quant_type, param, context)
+
+
+def _together(*options: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+model_options = _together(
+    click.argument("model"),
+    click.option("--model-name", help="Name to write, instead of the one derived from the checkpoint."),
+    click.option("--metadata", type=_existing_file, help="JSON that overrides authorship metadata."),
+    click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer, where it cannot be recognised."),
+)
+calibration_options = _together(
+    click.option(
+        "--text",
+        "text_paths",
+        type=_existing_file,
+        multiple=True,
+        help="Calibration text; repeatable. Without it the model writes its own.",
+    ),
+    click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Sequences of text."),
+    click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each."),
+    click.option(
+        "--probe-tokens",
+        default=4096,
+        show_default=True,
+        type=click.IntRange(min=16),
+        help="Tokens of text on which the model's sensitivity is probed.",
+    ),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
+    click.option(
+        "--work",
+        "work_folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for the statistics, which later runs use again  [default: MODEL.moe2gguf beside the output].",
+    ),
+)
+budget_options = _together(
+    click.option(
+        "--bits",
+        "--target-bpw",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Stored bits of all tensors per parameter.",
+    ),
+    click.option("--size", "--target-size", "size_bytes", type=_Size(), help="Size of the whole file, such as 12GiB."),
+    click.option(
+        "--layout",
+        type=click.Choice(["grouped", "stock"]),
+        default="grouped",
+        show_default=True,
+        help="A type per expert (needs the patched runtime), or per tensor (runs everywhere).",
+    ),
+    click.option(
+        "--max-groups",
+        default=7,
+        show_default=True,
+        type=click.IntRange(1, 7),
+        help="Most runs of one type that a layer's experts may form.",
+    ),
+    click.option("--types", type=_Type(), multiple=True, help="Allow only these types; repeatable  [default: all]."),
+    click.option(
+        "--tensor-type", type=_Override(), multiple=True, help="Pin the type of tensors whose name matches; repeatable."
+    ),
+    click.option("--output-tensor-type", type=_Type(), help="Pin the type of output.weight."),
+    click.option("--token-embedding-type", type=_Type(), help="Pin the type of token_embd.weight."),
+)
+output_options = _together(
+    click.option(
+        "--outfile",
+        type=click.Path(path_type=Path),
+        help="File to write; {ftype} in it is filled in  [default: a name by GGUF's convention, here].",
+    ),
+    click.option("--split-max-size", type=_Size(), default=0, help="Cut into files of at most N(M|G)."),
+    click.option("--split-max-tensors", type=click.IntRange(min=0), default=0, help="Cut after so many tensors."),
+    click.option("--force", is_flag=True, help="Replace an existing file."),
+)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
+
+
+def _overrides(options: dict[str, Any]) -> tuple:
+    pinned = tuple(options["tensor_type"])
+    if options["output_tensor_type"]:
+        pinned += ((r"^output\.weight$", options["output_tensor_type"]),)
+    if options["token_embedding_type"]:
+        pinned += ((r"^token_embd\.weight$", options["token_embedding_type"]),)
+    return pinned
+
+
+def _calibration(options: dict[str, Any]):
+    from moe2gguf.pipeline import Calibration
+
+    return Calibration(
+        text_paths=options["text_paths"],
+        n_sequences=options["sequences"],
+        sequence_tokens=options["length"],
+        n_probe_tokens=options["probe_tokens"],
+        seed=options["seed"],
+    )
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[str, int, int], None]]:
+    """One live line on a terminal; elsewhere a line whenever the work at hand changes."""
+    err = Console(stderr=True)
+    if not err.is_terminal:
+        said: list[str] = []
+
+        def say(what: str, done: int, total: int) -> None:
+            stage = re.sub(r" (blk\.\d+\.|token_embd|output)\S*", "", what)
+            if said[-1:] != [stage]:
+                said.append(stage)
+                click.echo(stage, err=True)
+
+        yield say
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
+
+
+@main.command()
+@model_options
+@budget_options
+@calibration_options
+@output_options
+@threads_option
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def convert(model: str, dry_run: bool, **options: Any) -> None:
+    """Convert MODEL to a GGUF of the given bits or size: all stages in one go.
+
+    Statistics are kept in the work folder, so another budget for the same model takes only the last steps.
+    """
+    from moe2gguf import pipeline
+    from moe2gguf.plan import make_plan, render_plan
+
+    budget = pipeline.Budget(options["bits"], options["size_bytes"])
+    choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
+    if dry_run:
+        plan = make_plan(
+            model,
+            options["outfile"],
+            budget,
+            choice,
+            _calibration(options),
+            work_folder=options["work_folder"],
+            pre_tokenizer=options["pre_tokenizer"],
+        )
+        console.print(render_plan(plan))
+        return
+    with progress_display() as progress:
+        result = pipeline.convert(
+            model,
+            options["outfile"],
+            bits=options["bits"],
+            size_bytes=options["size_bytes"],
+            layout=choice.layout,
+            max_groups=choice.max_groups,
+            types=choice.types,
+            overrides=choice.overrides,
+            calibration=_calibration(options),
+            work_folder=options["work_folder"],
+            split_max_bytes=options["split_max_size"],
+            split_max_tensors=options["split_max_tensors"],
+            overwrite=options["force"],
+            pre_tokenizer=options["pre_tokenizer"],
+            model_name=options["model_name"],
+            metadata_file=options["metadata"],
+            n_threads=options["threads"],
+            progress=progress,
+            note=_note,
+        )
+    allocation = result.allocation
+    click.echo(
+        f"{allocation.bits_per_weight:.3f} bits per weight, predicted mean KL divergence {allocation.predicted_kl:.4f} "
+        f"(no allocation under these rules below {allocation.lower_bound_kl:.4f})"
+    )
+    for path in result.paths:
+        click.echo(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def _open(model: str, options: dict[str, Any]):
+    from moe2gguf.source import open_source
+
+    return open_source(
+        model,
+        pre_tokenizer=options["pre_tokenizer"],
+        model_name=options.get("model_name"),
+        metadata_file=options.get("metadata"),
+    )
+
+
+@main.command()
+@model_options
+@calibration_options
+@threads_option
+def calibrate(model: str, **options: Any) -> None:
+    """Run text through MODEL once and save what allocation and quantisation need."""
+    from moe2gguf import pipeline
+
+    source = _open(model, options)
+    work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
+    with progress_display() as progress:
+        pipeline.calibrated(
+            source,
+            _calibration(options),
+            work,
+            n_threads=options["threads"] or pipeline.usable_cores(),
+            progress=progress,
+            note=_note,
+        )
+    click.echo(work / "stats.safetensors")
+
+
+@main.command()
+@model_options
+@budget_options
+@click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
+@click.option("--outfile", type=click.Path(path_type=Path), default=Path("allocation.json"), show_default=True)
+def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> None:
+    """Choose the type of every expert and matrix within the budget, and save the choice."""
+    from moe2gguf import pipeline
+    from moe2gguf.allocate import save_allocation
+    from moe2gguf.costs import cost_table
+    from moe2gguf.stats import load_stats
+
+    source, stats = _open(model, options), load_stats(stats_path)
+    budget = pipeline.Budget(options["bits"], options["size_bytes"])
+    choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
+    table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
+    allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
+    pipeline.report_allocation(source, table, stats, allocation, budget, choice, _note)
+    save_allocation(allocation, outfile)
+    click.echo(
+        f"{allocation.bits_per_weight:.3f} bits per weight, predicted KL {allocation.predicted_kl:.4f}: {outfile}"
+    )
+
+
+@main.command()
+@model_options
+@click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
+@click.option("--allocation", "allocation_path", type=_existing_file, required=True, help="From `allocate`.")
+@output_options
+@threads_option
+def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any) -> None:
+    """Write the GGUF of an allocation."""
+    from moe2gguf import pipeline
+    from moe2gguf.allocate import load_allocation
+    from moe2gguf.gguf_file import Target
+    from moe2gguf.stats import load_stats
+
+    source, stats = _open(model, options), load_stats(stats_path)
+    allocation = load_allocation(allocation_path)
+    target = Target(
+        pipeline.outfile_for(source, options["outfile"], pipeline.Budget(bits=round(allocation.bits_per_weight, 2))),
+        options["split_max_size"],
+        options["split_max_tensors"],
+        options["force"],
+    )
+    with progress_display() as progress:
+        paths = pipeline.write_allocation(
+            source, stats, allocation, target, options["threads"] or pipeline.usable_cores(), progress
+        )
+    for path in paths:
+        click.echo(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--against", "model", required=True, help="The checkpoint: a folder, a Hub id, or demo.")
+@click.option("--pre-tokenizer", help="As for convert.")
+def verify(file: Path, model: str, pre_tokenizer: str | None) -> None:
+    """Decode every tensor of FILE and compare it with the checkpoint."""
+    from moe2gguf.verify import render_verification, verify_file
+
+    source = _open(model, {"pre_tokenizer": pre_tokenizer})
+    with progress_display() as progress:
+        report = verify_file(file, source, progress=lambda done, total, name: progress(f"verify {name}", done, total))
+    console.print(render_verification(report))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the types, as .png or .svg.")
+def inspect(file: Path, plot: Path | None) -> None:
+    """Show the types of FILE per layer and expert, its groups, thresholds and provenance."""
+    from moe2gguf.inspect import inspect_file, render_report
+
+    report = inspect_file(file)
+    console.print(render_report(report))
+    if plot is not None:
+        from moe2gguf.plot import plot_bits
+
+        plot_bits(report, plot)
+        click.echo(plot)
+
+
+@main.command()
+@click.option("--bits", default=2.54, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True)
+def demo(bits: float, folder: Path) -> None:
+    """Convert the bundled model in both layouts and compare with llama-quantize."""
+    from moe2gguf.demo import render_demo, run_demo
+
+    with progress_display() as progress:
+        result = run_demo(folder, bits=bits, progress=progress)
+    console.print(render_demo(result))
+
+
+main.add_command(runtime)
+
+if __name__ == "__main__":
+    sys.exit(main())

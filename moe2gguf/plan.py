@@ -1,0 +1,234 @@
+"""What a conversion will take, before the hours of work: bytes by role, memory, disk, time.
+
+Bytes are exact for the allocation shown. Memory is arithmetic on the shapes; time is arithmetic on two short
+measurements, a matrix product and an encoding.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from moe2gguf import ggml
+from moe2gguf.allocate import Allocation, reachable_bytes
+from moe2gguf.costs import CANDIDATES, CostTable, cost_table
+from moe2gguf.ggml import QuantType
+from moe2gguf.measure import MAX_ERROR_ROWS
+from moe2gguf.pipeline import (
+    Budget,
+    Calibration,
+    Choice,
+    fit_budget,
+    outfile_for,
+    statistics_at_hand,
+    usable_cores,
+    work_folder_for,
+)
+from moe2gguf.probes import EXPERT_PROBE_TYPES
+from moe2gguf.source import Source, expert_axis, layer_of, open_source
+
+GIB = 1 << 30
+F32_BYTES = 4
+# interpreter, torch and the libraries, before any tensor
+BASE_BYTES = GIB // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleShare:
+    role: str
+    n_params: int
+    n_bytes: int
+    types: tuple[tuple[str, int], ...]  # type name, units of it
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.n_bytes * 8 / self.n_params
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+    source: Source
+    outfile: Path
+    allocation: Allocation
+    measured: bool  # whether the allocation rests on statistics, or on a rule of thumb
+    reachable_bytes: tuple[int, int]
+    roles: tuple[RoleShare, ...]
+    calibration_ram_bytes: int
+    quantise_ram_bytes: int
+    disk_bytes: int
+    calibration_seconds: float
+    quantise_seconds: float
+    n_unmeasured: int
+    cold_experts: int | None  # None without statistics
+
+
+def make_plan(
+    model: str,
+    outfile: Path | None,
+    budget: Budget,
+    choice: Choice,
+    calibration: Calibration,
+    *,
+    work_folder: Path | None,
+    pre_tokenizer: str | None,
+) -> ConversionPlan:
+    """Uses the statistics at hand if they fit the request, and says whether it did."""
+    source = open_source(model, pre_tokenizer=pre_tokenizer)
+    target = outfile_for(source, outfile, budget)
+    stats = statistics_at_hand(source, calibration, work_folder or work_folder_for(source, target))
+    table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
+    allocation, _ = fit_budget(source, stats, table, budget, choice)
+    matrix_flops, encode_rate = _speeds()
+    n_tokens = calibration.n_sequences * calibration.sequence_tokens
+    n_branches = (
+        1
+        + sum(1 for u in table.units if u.expert is None)
+        + 4 * len({u.layer for u in table.units if u.expert is not None})
+    )
+    active = _active_params(source)
+    # a branch runs through half of the layers on average
+    forward_flops = 2 * active * (n_tokens * 2 + n_branches * calibration.n_probe_tokens / 2)
+    head = 2 * prod(source.tensor("token_embd.weight").shape) * n_branches * calibration.n_probe_tokens
+    encoded = (
+        len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
+        + len(EXPERT_PROBE_TYPES) * source.n_params
+    )
+    hidden = n_tokens * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
+    return ConversionPlan(
+        source=source,
+        outfile=target,
+        allocation=allocation,
+        measured=stats is not None,
+        reachable_bytes=reachable_bytes(table, layout=choice.layout),
+        roles=_roles(source, table, allocation),
+        calibration_ram_bytes=int(
+            BASE_BYTES
+            + 1.5 * _largest_layer_params(source) * F32_BYTES
+            + _outer_params(source) * F32_BYTES
+            + 3 * hidden
+            + n_branches * calibration.n_probe_tokens / n_tokens * hidden
+        ),
+        quantise_ram_bytes=BASE_BYTES + 2 * largest_tensor,
+        disk_bytes=allocation.tensor_bytes
+        + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
+        calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
+        quantise_seconds=source.n_params / encode_rate,
+        n_unmeasured=sum(t != QuantType.F32 for t in table.fixed.values()),
+        cold_experts=(
+            None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
+        ),
+    )
+
+
+def _roles(source: Source, table: CostTable, allocation: Allocation) -> tuple[RoleShare, ...]:
+    params, n_bytes, types = Counter[str](), Counter[str](), dict[str, Counter[str]]()
+    for u, unit in enumerate(table.units):
+        quant_type = allocation.types[unit.name]
+        params[unit.role] += unit.n_rows * unit.n_columns
+        n_bytes[unit.role] += int(table.bytes_UJ[u, table.types.index(quant_type)])
+        types.setdefault(unit.role, Counter())[quant_type.name] += 1
+    for name, quant_type in table.fixed.items():
+        shape = source.tensor(name).shape
+        role = "kept in F32" if quant_type == QuantType.F32 else "not measured"
+        params[role] += prod(shape)
+        n_bytes[role] += prod(shape[:-1]) * ggml.row_bytes(quant_type, shape[-1])
+        types.setdefault(role, Counter())[quant_type.name] += 1
+    return tuple(RoleShare(r, params[r], n_bytes[r], tuple(sorted(types[r].items()))) for r in sorted(params))
+
+
+def _largest_layer_params(source: Source) -> int:
+    per_layer = Counter[int]()
+    for tensor in source.tensors:
+        if (layer := layer_of(tensor.name)) is not None:
+            per_layer[layer] += prod(tensor.shape)
+    return max(per_layer.values())
+
+
+def _outer_params(source: Source) -> int:
+    return sum(prod(t.shape) for t in source.tensors if layer_of(t.name) is None)
+
+
+def _active_params(source: Source) -> float:
+    """Parameters of the layers that one token meets."""
+    share = source.n_expert_used / source.n_expert
+    return sum(
+        prod(t.shape) * (share if expert_axis(t.name) is not None else 1)
+        for t in source.tensors
+        if layer_of(t.name) is not None
+    )
+
+
+def _speeds() -> tuple[float, float]:
+    """Floating-point operations per second of a matrix product, and weights per second of an IQ2_XXS encoding."""
+    a_NN = torch.ones(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(8):
+        a_NN = a_NN @ a_NN / 1024
+    flops = 8 * 2 * 1024**3 / (time.perf_counter() - start)
+    weight_RK = np.random.default_rng(0).standard_normal((512, 256), np.float32)
+    ggml.encode(weight_RK[:1], QuantType.IQ2_XXS)  # the first call builds the codebook's tables
+    start = time.perf_counter()
+    ggml.encode(weight_RK, QuantType.IQ2_XXS)
+    return flops, weight_RK.size / (time.perf_counter() - start) * usable_cores()
+
+
+def render_plan(plan: ConversionPlan) -> RenderableType:
+    allocation, source = plan.allocation, plan.source
+
+    def bpw(n_bytes: int) -> str:
+        return f"{n_bytes * 8 / source.n_params:.2f}"
+
+    head = Table.grid(padding=(0, 2))
+    head.add_row(
+        "model",
+        f"{source.name} ({source.arch}): {source.n_params / 1e9:.3f} B parameters, {source.n_layer} layers, "
+        f"{source.n_expert_used} of {source.n_expert} experts",
+    )
+    head.add_row("file", f"{plan.outfile}, {allocation.layout} layout")
+    low, high = plan.reachable_bytes
+    head.add_row(
+        "tensors",
+        f"{allocation.tensor_bytes:,} bytes, {allocation.bits_per_weight:.3f} bits per weight "
+        f"(reachable: {bpw(low)} to {bpw(high)})",
+    )
+    if plan.measured:
+        head.add_row("predicted", f"mean KL divergence {allocation.predicted_kl:.4f} nats per token")
+        head.add_row("coverage", f"{plan.cold_experts} experts saw fewer than 32 calibration tokens")
+    else:
+        head.add_row("types", "provisional: without statistics all weights count alike; calibration decides")
+    head.add_row(
+        "memory",
+        f"calibration {plan.calibration_ram_bytes / GIB:.1f} GiB, quantisation {plan.quantise_ram_bytes / GIB:.1f} GiB",
+    )
+    head.add_row("disk", f"{plan.disk_bytes / GIB:.2f} GiB while running")
+    head.add_row(
+        "time",
+        f"about {_duration(plan.calibration_seconds)} calibration, {_duration(plan.quantise_seconds)} quantisation",
+    )
+    roles = Table("role", "parameters", "bytes", "bpw", "types", title="allocation by role")
+    for role in plan.roles:
+        roles.add_row(
+            role.role,
+            f"{role.n_params:,}",
+            f"{role.n_bytes:,}",
+            f"{role.bits_per_weight:.2f}",
+            ", ".join(f"{name} x{n}" for name, n in role.types),
+        )
+    return Group(head, roles)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
