@@ -19,7 +19,6 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -113,7 +112,10 @@ def info_to_json(info: BuildInfo) -> str:
 
 def info_from_json(text: str) -> BuildInfo:
     fields: dict[str, Any] = json.loads(text)
-    return BuildInfo(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    for name, value in fields.items():
+        if isinstance(value, list):  # JSON has no tuples
+            fields[name] = tuple(value)
+    return BuildInfo(**fields)
 
 
 def describe(upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, amx: bool) -> BuildInfo:
@@ -140,7 +142,7 @@ def describe(upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, a
         "environment": {variable: env[variable] for variable in kept if env.get(variable)},
         "compilers": toolchain.versions,
         "native_sha256": toolchain.native_digest,
-        "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor} {sys.platform}",
+        "python": f"{sys.implementation.cache_tag} {sys.platform}",
         "requirements": _BUILD_REQUIREMENTS,
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -150,7 +152,8 @@ def describe(upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, a
 def build(*, jobs: int | None = None, progress: Progress = lambda stage, done, total: None) -> Build:
     """The build for the current patches, compilers and machine: from the cache, or made now with JOBS compilers.
 
-    Raises RuntimeMissing when something it needs is missing or a step fails; what was compiled is kept for the next try.
+    Raises RuntimeMissing when something it needs is missing or a step fails. What was compiled by then is kept for
+    the next try.
     """
     upstream = read_upstream()
     env = dict(os.environ)
@@ -316,7 +319,7 @@ def _smoke_test(libraries: Path, log: Path) -> None:
     with log.open("a") as sink:
         sink.write(f"$ {' '.join(child)}\n{result.stdout}")
     if result.returncode != 0:
-        raise _Trapped(f"the library that was built does not work on this machine (exit code {result.returncode}, log: {log})")
+        raise _Trapped(f"the library just built does not work here (exit code {result.returncode}, log: {log})")
 
 
 def _assemble(info: BuildInfo, work: Path, upstream: Upstream, target: Path) -> None:

@@ -94,7 +94,8 @@ def find_runtime() -> Runtime:
         )
     if found.installed.version != found.wanted_version:
         raise RuntimeMissing(
-            f"the installed runtime is {found.installed.version}, but this moe2gguf needs {found.wanted_version}: {_WAY_OUT}"
+            f"the installed runtime is {found.installed.version}, but this moe2gguf needs {found.wanted_version}: "
+            f"{_WAY_OUT}"
         )
     folder = build_path(found.installed.key)
     if not (folder / "runtime.json").is_file():

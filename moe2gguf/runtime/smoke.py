@@ -122,7 +122,8 @@ def _multiply(
         y = base.ggml_mul_mat(compute, w, x)
         if not base.ggml_backend_supports_op(backend, y):
             return None
-        buffers.append(base.ggml_backend_alloc_ctx_tensors_from_buft(compute, base.ggml_backend_dev_buffer_type(device)))
+        plain = base.ggml_backend_dev_buffer_type(device)
+        buffers.append(base.ggml_backend_alloc_ctx_tensors_from_buft(compute, plain))
 
         n_bytes = weight_NK.size * 2  # more than any of the types needs
         blocks = ctypes.create_string_buffer(n_bytes)

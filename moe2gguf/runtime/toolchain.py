@@ -110,5 +110,5 @@ def amx_works(toolchain: Toolchain) -> bool:
         return compiled.returncode == 0 and _run(str(program)).returncode == 0
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)

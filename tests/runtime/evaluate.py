@@ -1,7 +1,7 @@
 """Load a model and save its logits. Run as a child, `python -m tests.runtime.evaluate MODEL OUT.npy OPTION...`.
 
-Options: mmap, repack. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D tokens decoded one
-by one. Where the model cannot be loaded, exits with 3 and what llama.cpp logged.
+Options: mmap, repack. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D tokens decoded
+one by one. Where the model cannot be loaded, exits with 3 and what llama.cpp logged.
 """
 
 from __future__ import annotations

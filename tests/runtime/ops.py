@@ -86,7 +86,9 @@ class Ops:
             t, u_x, k = x_TUK.shape
             x = base.ggml_new_tensor_3d(compute, Type.F32, k, u_x, t)
             ids = base.ggml_new_tensor_2d(compute, Type.I32, ids_TU.shape[1], t)
-            weights = weights_TU if weights_TU is None else base.ggml_new_tensor_3d(compute, Type.F32, 1, ids_TU.shape[1], t)
+            weights = None
+            if weights_TU is not None:
+                weights = base.ggml_new_tensor_3d(compute, Type.F32, 1, ids_TU.shape[1], t)
             tensors = []
             for group in groups:
                 e, n, _ = group.blocks.shape

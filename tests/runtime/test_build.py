@@ -19,7 +19,7 @@ from moe2gguf.runtime.upstream import read_upstream
 TOOLCHAIN = Toolchain("/usr/bin/cc", "/usr/bin/c++", ("cc 12", "c++ 12"), "#define __AMX_TILE__ 1\n")
 
 
-def key(*, toolchain: Toolchain = TOOLCHAIN, env: dict[str, str] | None = None, amx: bool = True, **upstream: object) -> str:
+def key(*, toolchain: Toolchain = TOOLCHAIN, env: dict[str, str] | None = None, amx: bool = True, **upstream) -> str:
     return describe(replace(read_upstream(), **upstream), toolchain, env or {}, amx=amx).key
 
 
@@ -62,7 +62,7 @@ def test_version_is_a_local_version() -> None:
 def test_missing_compiler(monkeypatch, tmp_path, variable, language) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RuntimeMissing, match=rf"no {language} compiler found \(looked for no-such-compiler\): install one"):
+    with pytest.raises(RuntimeMissing, match=rf"no {language} compiler found \(looked for no-such-compiler\): install"):
         build()
 
 
@@ -81,7 +81,7 @@ def test_full_disk(monkeypatch, tmp_path) -> None:
 def test_cache_that_is_a_file(monkeypatch, tmp_path) -> None:
     (tmp_path / "moe2gguf").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RuntimeMissing, match="cannot write the cache folder .*moe2gguf.*XDG_CACHE_HOME"):
+    with pytest.raises(RuntimeMissing, match=r"cannot write the cache folder .*moe2gguf.*XDG_CACHE_HOME"):
         build()
 
 
@@ -108,12 +108,12 @@ def test_missing_program(tmp_path) -> None:
 
 
 def test_no_network(monkeypatch, tmp_path) -> None:
-    """With pip cut off from every index, the first thing to fetch fails with one sentence, and nothing is left locked."""
+    """With pip cut off from every index, the first fetch fails with one sentence, and nothing is left locked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     for _ in range(2):
-        with pytest.raises(RuntimeMissing, match="installing the build tools failed: the package index does not have it"):
+        with pytest.raises(RuntimeMissing, match=r"^installing the build tools failed: the package index"):
             build()
 
 
@@ -125,9 +125,9 @@ def test_a_second_build_waits(tmp_path) -> None:
         "    print('in', flush=True); sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    root = Path(__file__).parents[2]
     first, second = (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        for _ in range(2)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)
     )
     with first, second:
         assert {first.stdout.readline(), second.stdout.readline()} == {"in\n", "waiting\n"}

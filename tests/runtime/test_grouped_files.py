@@ -148,7 +148,8 @@ GATE = "blk.0.ffn_gate_exps"
             f"tensor '{GATE}.g2.weight' has wrong shape", id="one dimension",
         ),
         pytest.param(
-            {"rename": {f"{GATE}.g{i}.weight": "" for i in range(3)}}, f"tensor '{GATE}.weight' not found", id="no experts",
+            {"rename": {f"{GATE}.g{i}.weight": "" for i in range(3)}}, f"tensor '{GATE}.weight' not found",
+            id="no experts",
         ),
         pytest.param(
             {"suffix": "+grouped+grouped"}, "unknown model architecture: 'qwen3moe+grouped+grouped'", id="suffix twice",

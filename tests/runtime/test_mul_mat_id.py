@@ -24,7 +24,10 @@ MIXES = [
     ((Type.Q4_0, 11), (Type.Q8_0, 1)),
     ((Type.Q4_0, 1), (Type.Q4_0, 11)),
     # as many groups as there can be
-    ((Type.IQ2_XXS, 1), (Type.IQ3_S, 2), (Type.Q2_K, 1), (Type.Q4_K, 2), (Type.Q5_K, 2), (Type.Q6_K, 2), (Type.Q8_0, 2)),
+    (
+        (Type.IQ2_XXS, 1), (Type.IQ3_S, 2), (Type.Q2_K, 1), (Type.Q4_K, 2),
+        (Type.Q5_K, 2), (Type.Q6_K, 2), (Type.Q8_0, 2),
+    ),
     # types with activations quantised to Q8_1
     ((Type.Q4_1, 6), (Type.BF16, 6)),
     # one tensor: a plain MUL_MAT_ID
@@ -68,7 +71,7 @@ def draw_ids(rng: np.random.Generator, n_tokens: int, experts: np.ndarray) -> np
 
 def make_groups(experts_of: Callable[[Type], Group], mix) -> list[Group]:
     first = np.cumsum([0, *(n for _, n in mix)])
-    return [Group(type, experts_of(type).blocks[i : i + n]) for i, (type, n) in zip(first, mix)]
+    return [Group(type, experts_of(type).blocks[i : i + n]) for i, (type, n) in zip(first, mix, strict=False)]
 
 
 def unmerged(ops: Ops, groups: list[Group], experts_of, x_TUK, ids_TU, *, repack: bool) -> np.ndarray:

@@ -19,6 +19,7 @@ from moe2gguf.runtime.upstream import (
     apply_series,
     patches_folder,
     read_upstream,
+    split_header,
     unpack,
     verify_sdist,
 )
@@ -50,7 +51,8 @@ def test_series_names_every_patch_once() -> None:
 @pytest.mark.parametrize("patch", read_upstream().patches, ids=lambda patch: patch.stem)
 def test_headers(patch) -> None:
     """DEP-3: where it comes from, whether it was sent upstream."""
-    fields = [line.partition(":")[0] for line in patch.read_text().partition("\n---\n")[0].splitlines() if line[0] != " "]
+    header, _ = split_header(patch.read_text())
+    fields = [line.partition(":")[0] for line in header.splitlines() if not line.startswith(" ")]
     assert fields == ["Description", "Origin", "Forwarded", "Author", "Last-Update"]
 
 
@@ -58,11 +60,12 @@ def test_headers(patch) -> None:
 def test_series_applies_as_patch_and_git_apply_it(pristine, tmp_path) -> None:
     """Our applier, GNU patch without fuzz, and git agree."""
     upstream = read_upstream()
-    files = sorted({line[6:] for p in upstream.patches for line in p.read_text().splitlines() if line.startswith("+++ b/")})
+    lines = [line for patch in upstream.patches for line in patch.read_text().splitlines()]
+    files = sorted({line.removeprefix("+++ b/") for line in lines if line.startswith("+++ b/")})
     appliers = {
         "ours": lambda patch, tree: apply_patch(patch, tree),
         "patch": lambda patch, tree: subprocess.run(
-            ["patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch", "-i", patch], cwd=tree, check=True, capture_output=True
+            ["patch", "-p1", "--fuzz=0", "-i", patch], cwd=tree, check=True, capture_output=True
         ),
         "git": lambda patch, tree: subprocess.run(["git", "apply", patch], cwd=tree, check=True, capture_output=True),
     }
@@ -90,9 +93,8 @@ def test_refresh_round_trips(sdist, tmp_path) -> None:
     scripts = ROOT / "scripts"
     subprocess.run([sys.executable, scripts / "patches-apply", tmp_path / "tree"], check=True, capture_output=True)
     (tmp_path / "patches").mkdir()
-    subprocess.run(
-        [sys.executable, scripts / "patches-refresh", tmp_path / "tree", tmp_path / "patches"], check=True, capture_output=True
-    )
+    refresh = [sys.executable, scripts / "patches-refresh", tmp_path / "tree", tmp_path / "patches"]
+    subprocess.run(refresh, check=True, capture_output=True)
     for path in [patches_folder() / "series", *read_upstream().patches]:
         assert (tmp_path / "patches" / path.name).read_text() == path.read_text(), path.name
 
@@ -106,7 +108,9 @@ ORIGINAL = "".join(f"line {i}\n" for i in range(1, 21))
         pytest.param(ORIGINAL.replace("line 7\n", "line seven\n"), id="a line changed"),
         pytest.param("first\n" + ORIGINAL, id="a line before the first"),
         pytest.param(ORIGINAL + "last\n", id="a line after the last"),
-        pytest.param(ORIGINAL.replace("line 3\n", "").replace("line 15\n", "--- line\n+++ b/line\n"), id="two hunks, odd text"),
+        pytest.param(
+            ORIGINAL.replace("line 3\n", "").replace("line 15\n", "--- line\n+++ b/line\n"), id="two hunks, odd text"
+        ),
         pytest.param("", id="emptied"),
     ],
 )

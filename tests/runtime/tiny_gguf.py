@@ -60,8 +60,8 @@ def write_model(
     arch: str = "qwen3moe",
     groups: Sequence[tuple[Type, int]] = ((Type.F16, N_EXPERT),),
     suffix: str | None = None,
-    rename: Mapping[str, str] = {},  # noqa: B006
-    extra: Mapping[str, np.ndarray] = {},  # noqa: B006
+    rename: Mapping[str, str] = {},
+    extra: Mapping[str, np.ndarray] = {},
     seed: int = 7,
 ) -> Path:
     """Write a model whose experts are split into GROUPS of (type, number of experts); one group is a plain tensor.
