@@ -14,7 +14,10 @@ import numpy as np
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.text import CalibrationText
 
-PARALLEL_SEQUENCES = 32
+MAX_PARALLEL_SEQUENCES = 128
+KV_CACHE_BYTES = 1 << 30
+# below this, a step is shorter than the wait for another thread
+ONE_THREAD_FILE_BYTES = 256 << 20
 
 
 def sample_text(
@@ -32,8 +35,8 @@ def sample_text(
     model = _Model(llama_cpp, gguf_path, sequence_tokens, n_threads)
     try:
         tokens_SL = np.empty((n_sequences, sequence_tokens), np.int64)
-        for first in range(0, n_sequences, PARALLEL_SEQUENCES):
-            group = slice(first, min(first + PARALLEL_SEQUENCES, n_sequences))
+        for first in range(0, n_sequences, model.n_parallel):
+            group = slice(first, min(first + model.n_parallel, n_sequences))
             rng = np.random.default_rng([seed, first])
             tokens_P = np.full(group.stop - group.start, model.first_token)
             model.forget()
@@ -69,15 +72,19 @@ class _Model:
                 f"the runtime cannot load {gguf_path}, so the model cannot write its own calibration text; give --text"
             )
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = sequence_tokens * PARALLEL_SEQUENCES
-        params.n_batch = params.n_ubatch = params.n_seq_max = PARALLEL_SEQUENCES
-        params.n_threads = params.n_threads_batch = n_threads
+        # keys and values in 16 bits, as if every head had its own
+        token_bytes = 4 * llama_cpp.llama_model_n_layer(self._model) * llama_cpp.llama_model_n_embd(self._model)
+        self.n_parallel = max(1, min(MAX_PARALLEL_SEQUENCES, KV_CACHE_BYTES // (token_bytes * sequence_tokens)))
+        params.n_ctx = sequence_tokens * self.n_parallel
+        params.n_batch = params.n_ubatch = params.n_seq_max = self.n_parallel
+        threads = 1 if gguf_path.stat().st_size < ONE_THREAD_FILE_BYTES else n_threads
+        params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         candidates = (llama_cpp.llama_vocab_bos(vocab), llama_cpp.llama_vocab_eos(vocab), 0)
         self.first_token = next(token for token in candidates if token >= 0)
-        self._batch = llama_cpp.llama_batch_init(PARALLEL_SEQUENCES, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self.n_parallel, 0, 1)
 
     def forget(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)

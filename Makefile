@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: `make demo`, `make test`. See README.md for what must be installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# where the CPU build of torch is; the package registry's own build is taken when this is empty or out of reach
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help setup runtime demo test check patches-apply patches-refresh clean
+
+help:
+	@echo "make demo             convert the bundled model in both layouts and compare with llama-quantize"
+	@echo "make test             all tests"
+	@echo "make check            ruff and mypy"
+	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
+	@echo "make runtime          build (or take from the cache) and install the patched runtime"
+	@echo "make patches-apply    unpack the pinned sources and apply the patch series, to edit them"
+	@echo "make patches-refresh  write the patches anew from the edited sources"
+	@echo "make clean            remove $(VENV) and what make demo wrote (not the runtime cache)"
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@torch=$$(grep '^torch==' constraints.txt); \
+	if [ -n "$(TORCH_INDEX)" ]; then \
+		$(PIP) install --quiet --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) "$$torch" \
+		|| echo "$(TORCH_INDEX) is out of reach: taking torch from the package registry"; \
+	fi
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+runtime: $(VENV)/.dependencies
+	$(BIN)/moe2gguf runtime install
+
+setup: runtime
+
+demo: setup
+	$(BIN)/moe2gguf demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+patches-apply:
+	scripts/patches-apply
+
+patches-refresh:
+	scripts/patches-refresh
+
+clean:
+	rm -rf $(VENV) demo-out
