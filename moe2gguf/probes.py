@@ -25,8 +25,8 @@ from moe2gguf.stream import LayerStream
 # two types for experts, since the KL does not grow in proportion to the error; one for the few other matrices
 EXPERT_PROBE_TYPES = (QuantType.IQ2_XXS, QuantType.IQ3_XXS)
 MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
-# for columns that are no multiple of 256
-SMALL_BLOCK_PROBE_TYPES = (QuantType.Q4_0, QuantType.Q5_0)
+# for columns that are no multiple of 256; candidates, since a probe is read beside the error measured at its type
+SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
 
 
