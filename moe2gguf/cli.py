@@ -28,6 +28,10 @@ class _Group(click.Group):
         except Moe2ggufError as error:
             click.echo(f"moe2gguf: {error}", err=True)
             context.exit(1)
+        except OSError as error:
+            # a disk that fills up or a folder that cannot be written; OSError names the file
+            click.echo(f"moe2gguf: {error}", err=True)
+            context.exit(1)
         except KeyboardInterrupt:
             click.echo("moe2gguf: interrupted; statistics already written are kept", err=True)
             context.exit(130)

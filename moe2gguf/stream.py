@@ -160,10 +160,13 @@ class LayerStream:
         layer = self.layers[index]
         self.model.model.layers[index] = layer
         self._load(self._names_by_layer[index])
-        missing = [name for name, p in layer.named_parameters() if p.is_meta]
         self.model.model.layers[index] = self._stand_ins[index]
-        if missing:
-            raise SourceError(f"the checkpoint lacks {self.layer_prefixes[index]}{missing[0]}")
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                raise SourceError(f"the checkpoint lacks {self.layer_prefixes[index]}{name}")
+            # one reduction, no array of flags: a sum is finite only if all of it is
+            if not torch.isfinite(parameter.sum()):
+                raise SourceError(f"{self.layer_prefixes[index]}{name} holds NaN or infinite weights")
         try:
             yield layer
         finally:
