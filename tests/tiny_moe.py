@@ -55,6 +55,7 @@ SIZES = {
     "deepseek_v2": ("n_routed_experts", "moe_intermediate_size"),
     "deepseek_v3": ("n_routed_experts", "moe_intermediate_size"),
     "granitemoe": ("num_local_experts", "intermediate_size"),
+    "granitemoe_swa": ("num_local_experts", "intermediate_size"),
     "phimoe": ("num_local_experts", "intermediate_size"),
     "gpt_oss": ("num_local_experts", "intermediate_size"),
 }
@@ -70,6 +71,12 @@ LATENT_ATTENTION = {
 }
 # the first layer is dense: three, so that two have experts
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 512, "num_hidden_layers": 3}
+GRANITE_SCALES = {
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 1 / 16,
+}
 # what each configuration has beside COMMON and SIZES
 SPECIAL: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -85,12 +92,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     | DENSE_FIRST
     | {"n_group": 2, "topk_group": 1, "num_mtp_layers": 0, "scoring_func": "sigmoid"},
     # the experts of a layer merged in the checkpoint
-    "granitemoe": {
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
-        "attention_multiplier": 1 / 16,
-    },
+    "granitemoe": GRANITE_SCALES,
+    # gate and up of an expert stay one matrix in the GGUF too, and of the shared expert
+    "granitemoe_swa": GRANITE_SCALES | {"shared_intermediate_size": 512, "sliding_window": 32},
     # biases on attention, norms and output; LongRoPE comes in make_tiny
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
