@@ -77,10 +77,7 @@ def evaluate(
     n_side_by_side = min(n_threads, len(paths))
     with ExitStack() as stack:
         errors = stack.enter_context(_captured_log())
-        models = [
-            stack.enter_context(_open_model(path, n_ctx, n_threads // n_side_by_side, errors))
-            for path in paths
-        ]
+        models = [stack.enter_context(_open_model(path, n_ctx, n_threads // n_side_by_side, errors)) for path in paths]
         base, *candidates = models
         for candidate in candidates:
             if candidate.n_vocab != base.n_vocab:
@@ -100,9 +97,7 @@ def evaluate(
             if progress:
                 progress(number, len(chunks), base.path.name)
             targets_T = tokens[n_ctx // 2 + 1 :]
-            base_logp_TV, *logps = pool.map(
-                lambda model, tokens=tokens: _log_softmax(model.logits(tokens)), models
-            )
+            base_logp_TV, *logps = pool.map(lambda model, tokens=tokens: _log_softmax(model.logits(tokens)), models)
             base_nll.append(_nll(base_logp_TV, targets_T))
             for candidate_scores, logp_TV in zip(scores, logps, strict=True):
                 candidate_scores.append(_compare(base_logp_TV, logp_TV, targets_T))
@@ -145,9 +140,7 @@ def _compare(base_logp_TV: np.ndarray, logp_TV: np.ndarray, targets_T: np.ndarra
     return _Scores(_nll(logp_TV, targets_T), kld_T, same_top_T)
 
 
-def _summarise(
-    path: Path, n_ctx: int, n_chunks: int, base_nll: np.ndarray, chunks: list[_Scores]
-) -> Evaluation:
+def _summarise(path: Path, n_ctx: int, n_chunks: int, base_nll: np.ndarray, chunks: list[_Scores]) -> Evaluation:
     nll = np.concatenate([c.nll_T for c in chunks])
     kld = np.concatenate([c.kld_T for c in chunks])
     perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())
@@ -241,9 +234,7 @@ class _Model:
         finally:
             llama.llama_batch_free(batch)
         if status != 0:
-            raise Moe2ggufError(
-                f"{self.path}: llama.cpp failed to run a chunk of {n_ctx} tokens (status {status})"
-            )
+            raise Moe2ggufError(f"{self.path}: llama.cpp failed to run a chunk of {n_ctx} tokens (status {status})")
         n_scored = n_ctx - 1 - first
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (n_scored, self.n_vocab))
 
@@ -265,9 +256,7 @@ def _open_model(path: Path, n_ctx: int, n_threads: int, errors: list[str]) -> It
         params.no_perf = True
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
-            raise Moe2ggufError(
-                f"llama.cpp cannot open a context of {n_ctx} tokens on {path}: {_reason(errors)}"
-            )
+            raise Moe2ggufError(f"llama.cpp cannot open a context of {n_ctx} tokens on {path}: {_reason(errors)}")
         try:
             yield _Model(path, model, context, n_ctx)
         finally:
@@ -321,9 +310,7 @@ def held_out_text(max_bytes: int) -> str:
     prose, code = _blocks(_documentation()), _blocks(_held_out_modules())
     parts: list[str] = []
     n_bytes = 0
-    for pair in zip(
-        prose, code, strict=False
-    ):  # ends with the shorter of the two, so that the halves stay halves
+    for pair in zip(prose, code, strict=False):  # ends with the shorter of the two, so that the halves stay halves
         for block in pair:
             data = block.encode("utf-8")[: max_bytes - n_bytes]
             parts.append(data.decode("utf-8", "ignore"))

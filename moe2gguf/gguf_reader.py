@@ -115,9 +115,7 @@ def read_gguf(path: str | Path) -> GgufFile:
             f"{path} is one of {n_shards} shards but is not called NAME-00001-of-{n_shards:05}.gguf, so the "
             f"others cannot be found; give it back its name"
         )
-    paths = tuple(
-        path.with_name(f"{match['prefix']}-{i + 1:05}-of-{n_shards:05}.gguf") for i in range(n_shards)
-    )
+    paths = tuple(path.with_name(f"{match['prefix']}-{i + 1:05}-of-{n_shards:05}.gguf") for i in range(n_shards))
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         raise FileFormatError(f"{path} has {n_shards} shards, and {', '.join(missing)} is not beside it")
@@ -129,9 +127,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 
 def _read_one(path: Path) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
     if not path.is_file():
-        raise FileFormatError(
-            f"{path} is {'a folder' if path.is_dir() else 'not there'}; a GGUF file is needed"
-        )
+        raise FileFormatError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; a GGUF file is needed")
     n_file_bytes = path.stat().st_size
     if n_file_bytes < 4:
         raise FileFormatError(f"{path} has {n_file_bytes} bytes; it is no GGUF file")
@@ -155,9 +151,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], tuple[GgufTensor, ...]]:
         if alignment <= 0 or alignment & (alignment - 1):
             raise FileFormatError(f"{path} has an alignment of {alignment} bytes; a power of two is needed")
         data_start = -(-cursor.offset // alignment) * alignment
-    tensors = tuple(
-        GgufTensor(name, type_, shape, path, data_start + offset) for name, type_, shape, offset in infos
-    )
+    tensors = tuple(GgufTensor(name, type_, shape, path, data_start + offset) for name, type_, shape, offset in infos)
     for tensor in tensors:
         end = tensor.offset + tensor.n_bytes
         if end > n_file_bytes:
@@ -209,9 +203,7 @@ class _Cursor:
         try:
             return gguf.GGUFValueType(raw)
         except ValueError:
-            raise FileFormatError(
-                f"{self.path} is damaged: value type {raw} at byte {self.offset - 4}"
-            ) from None
+            raise FileFormatError(f"{self.path} is damaged: value type {raw} at byte {self.offset - 4}") from None
 
     def value(self, type_: gguf.GGUFValueType) -> Any:
         if type_ == gguf.GGUFValueType.STRING:
@@ -233,9 +225,7 @@ class _Cursor:
         name = self.string()
         n_dims = self.number("<I")
         if n_dims > _MAX_DIMS:
-            raise FileFormatError(
-                f"{self.path}: tensor {name} has {n_dims} dimensions; GGUF allows {_MAX_DIMS}"
-            )
+            raise FileFormatError(f"{self.path}: tensor {name} has {n_dims} dimensions; GGUF allows {_MAX_DIMS}")
         shape = tuple(reversed([self.number("<Q") for _ in range(n_dims)]))
         raw_type, start = self.number("<I"), self.number("<Q")
         try:

@@ -69,9 +69,7 @@ class Projection:
 class Layer:
     index: int
     projections: tuple[Projection, ...]
-    expert_order: (
-        tuple[int, ...] | None
-    )  # position in the file -> checkpoint expert; None: as in the checkpoint
+    expert_order: tuple[int, ...] | None  # position in the file -> checkpoint expert; None: as in the checkpoint
 
     @property
     def bits_per_weight(self) -> float:
@@ -149,8 +147,7 @@ def inspect_file(path: str | Path) -> FileReport:
         provenance={
             key: value
             for key, value in file.kv.items()
-            if key.startswith(("moe2gguf.", "quantize.imatrix."))
-            and not key.startswith("moe2gguf.expert_order.")
+            if key.startswith(("moe2gguf.", "quantize.imatrix.")) and not key.startswith("moe2gguf.expert_order.")
         },
     )
 
@@ -205,8 +202,8 @@ def format_bytes(n_bytes: int) -> str:
 
 
 def format_runs(projection: Projection) -> str:
-    """`IQ2_XXS ×9 · Q3_K ×7`, in file order."""
-    return " · ".join(f"{g.type.name} ×{g.n_experts}" for g in projection.groups)
+    """`IQ2_XXS×9 · Q3_K×7`, in file order."""
+    return " · ".join(f"{g.type.name}×{g.n_experts}" for g in projection.groups)
 
 
 def render_report(report: FileReport) -> RenderableType:
@@ -239,9 +236,7 @@ def _render_head(report: FileReport) -> Table:
 
 
 def _render_roles(report: FileReport) -> Table:
-    table = Table(
-        title="Bytes by role", title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0)
-    )
+    table = Table(title="Bytes by role", title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("role")
     for header in ("tensors", "parameters", "bytes", "share", "bits/weight"):
         table.add_column(header, justify="right")
@@ -261,9 +256,7 @@ def _render_roles(report: FileReport) -> Table:
 
 def merged_projections(report: FileReport) -> list[tuple[str, str]]:
     """(label, projection name) of the columns worth showing: gate and up are one where they agree."""
-    names = [
-        n for n in ("gate", "up", "gate_up", "down") if any(_projection(layer, n) for layer in report.layers)
-    ]
+    names = [n for n in ("gate", "up", "gate_up", "down") if any(_projection(layer, n) for layer in report.layers)]
     pairs = [(_projection(layer, "gate"), _projection(layer, "up")) for layer in report.layers]
     if all(gate and up and gate.types == up.types for gate, up in pairs):
         names.remove("up")

@@ -35,9 +35,7 @@ def plot_bits(report: FileReport, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
-        raise OutputError(
-            f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg"
-        )
+        raise OutputError(f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg")
     if not report.layers:
         raise OutputError(f"{report.paths[0]} has no expert tensors, so there is no heat-map to draw")
     try:
@@ -138,9 +136,7 @@ def draw_bits(report: FileReport) -> Figure:
     return figure
 
 
-def _row(
-    layer: Layer, name: str, n_experts: int, index_of: dict[gguf.GGMLQuantizationType, int]
-) -> np.ndarray:
+def _row(layer: Layer, name: str, n_experts: int, index_of: dict[gguf.GGMLQuantizationType, int]) -> np.ndarray:
     """(n_experts,) index into the list of types; NaN where this layer has no such expert."""
     row = np.full(n_experts, np.nan)
     for projection in layer.projections:

@@ -196,18 +196,14 @@ def _take_parts(stored: dict[str, GgufTensor], wanted: SourceTensor) -> tuple[li
         return [plain], []
     if sorted(groups) != list(range(len(groups))) or len(groups) > MAX_GROUPS:
         numbers = ", ".join(f"g{i}" for i in sorted(groups))
-        return [], [
-            f"{wanted.name} has groups {numbers}; they must be g0 … at most g{MAX_GROUPS - 1}, without a gap"
-        ]
+        return [], [f"{wanted.name} has groups {numbers}; they must be g0 … at most g{MAX_GROUPS - 1}, without a gap"]
     parts = [groups[i] for i in range(len(groups))]
     for part in parts:
         if part.shape[1:] != wanted.shape[1:]:
             return [], [f"{part.name} has shape {part.shape}, its experts need (…, {wanted.shape[1:]})"]
     n_experts = sum(part.shape[0] for part in parts)
     if n_experts != wanted.shape[0]:
-        return [], [
-            f"the groups of {wanted.name} hold {n_experts} experts, the checkpoint has {wanted.shape[0]}"
-        ]
+        return [], [f"the groups of {wanted.name} hold {n_experts} experts, the checkpoint has {wanted.shape[0]}"]
     return parts, []
 
 
@@ -337,6 +333,4 @@ def render_verification(report: VerifyReport) -> RenderableType:
     shown = [Text(f"· {problem}") for problem in report.problems[:20]]
     if len(report.problems) > len(shown):
         shown.append(Text(f"… and {len(report.problems) - len(shown)} more"))
-    return Group(
-        table, Text(f"{report.path.name}: {len(report.problems)} problems", style="bold red"), *shown
-    )
+    return Group(table, Text(f"{report.path.name}: {len(report.problems)} problems", style="bold red"), *shown)

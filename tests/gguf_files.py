@@ -49,8 +49,7 @@ def write_moe(
     *,
     expert_types: Sequence[Q] = (Q.Q8_0,) * N_EXPERTS,  # by position
     orders: Mapping[int, np.ndarray] | None = None,
-    stated_orders: Mapping[int, np.ndarray]
-    | None = None,  # what the file claims; `orders` unless a test lies
+    stated_orders: Mapping[int, np.ndarray] | None = None,  # what the file claims; `orders` unless a test lies
     matrix_type: Q = Q.Q8_0,
     extra_kv: Mapping[str, object] | None = None,
     rename: Mapping[str, str] | None = None,

@@ -56,9 +56,7 @@ def test_statistics_match_a_plain_computation():
 
 
 def test_log_softmax_of_extreme_logits():
-    logits_TV = np.array(
-        [[3e4, 0, -3e4], [-3e4, -3e4, -3e4]], np.float32
-    )  # exp would overflow, or all underflow
+    logits_TV = np.array([[3e4, 0, -3e4], [-3e4, -3e4, -3e4]], np.float32)  # exp would overflow, or all underflow
     np.testing.assert_allclose(_log_softmax(logits_TV), [[0, -3e4, -6e4], [-np.log(3)] * 3], rtol=1e-6)
 
 
@@ -105,9 +103,7 @@ def test_agrees_with_llama_perplexity(files, tmp_path):
     step, one_flip = HALF_STEP_NATS + BATCHING_NATS, 1 / e.n_tokens
     # these come from unrounded logits; the base's own among the KLD statistics would not do: a target further
     # than 16 nats below the likeliest token counts as 16 there
-    assert theirs("Final estimate: PPL") == pytest.approx(
-        [e.base_perplexity, e.base_perplexity_error], rel=2e-5
-    )
+    assert theirs("Final estimate: PPL") == pytest.approx([e.base_perplexity, e.base_perplexity_error], rel=2e-5)
     assert theirs("Mean PPL(Q)") == pytest.approx([e.perplexity, e.perplexity_error], rel=BATCHING_NATS)
     assert e.delta_nll == pytest.approx(np.log(e.perplexity / e.base_perplexity), abs=1e-9)
     # rounding is as often up as down, so the mean over many predictions is much closer

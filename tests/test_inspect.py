@@ -58,11 +58,7 @@ def test_layers_groups_and_order(grouped):
             checkpoint_types = report.layers[layer].checkpoint_types(projection)
             assert [checkpoint_types[e] for e in order] == list(MIXED)
     assert sum(r.n_bytes for r in report.roles) == report.tensor_bytes == read_gguf(grouped).tensor_bytes
-    assert (
-        sum(r.n_params for r in report.roles)
-        == report.n_params
-        == sum(w.size for w in random_weights().values())
-    )
+    assert sum(r.n_params for r in report.roles) == report.n_params == sum(w.size for w in random_weights().values())
     assert report.bits_per_weight == pytest.approx(report.tensor_bytes * 8 / report.n_params)
     assert report.thresholds["ratio"].tolist() == [0.25, 0.125, 0.0]
     assert report.provenance["moe2gguf.version"] == "0.1.0"
@@ -70,7 +66,7 @@ def test_layers_groups_and_order(grouped):
 
 def test_table_shows_runs_thresholds_and_provenance(grouped):
     text = text_of(inspect_file(grouped))
-    assert text.count("Q4_0 ×2 · Q8_0 ×1 · Q5_0 ×3") == 2 * N_LAYERS  # gate and up in one column, and down
+    assert text.count("Q4_0×2 · Q8_0×1 · Q5_0×3") == 2 * N_LAYERS  # gate and up in one column, and down
     for expected in ("grouped", "experts, gate", "router", "skip ratio", "0.125", "2.54", "moe2gguf.version"):
         assert expected in text
 
@@ -79,7 +75,7 @@ def test_stock_and_dense_files(tmp_path):
     weights = random_weights()
     stock = inspect_file(write_moe(tmp_path / "stock.gguf", weights))
     assert not stock.grouped and stock.layers[0].expert_order is None
-    assert "Q8_0 ×6" in text_of(stock)
+    assert "Q8_0×6" in text_of(stock)
     dense = {name: w for name, w in weights.items() if "_exps" not in name and "gate_inp" not in name}
     dense_report = inspect_file(write_moe(tmp_path / "dense.gguf", dense))
     assert dense_report.layers == () and "attention" in text_of(dense_report)
@@ -88,9 +84,7 @@ def test_stock_and_dense_files(tmp_path):
 
 
 def test_shards_read_as_one_file(tmp_path, grouped):
-    write_moe(
-        tmp_path / "s.gguf", random_weights(), expert_types=MIXED, orders=random_orders(), split_max_tensors=9
-    )
+    write_moe(tmp_path / "s.gguf", random_weights(), expert_types=MIXED, orders=random_orders(), split_max_tensors=9)
     shards = sorted(tmp_path.glob("s-*.gguf"))
     assert len(shards) > 2
     whole = inspect_file(grouped)
@@ -163,7 +157,7 @@ def test_unknown_tensor_type(tmp_path, grouped):
     assert struct.unpack_from("<I", data, at)[0] == Q.Q8_0
     path = tmp_path / "unknown.gguf"
     path.write_bytes(data[:at] + struct.pack("<I", 9999) + data[at + 4 :])
-    with pytest.raises(FileFormatError, match="blk.0.attn_q.weight has type 9999"):
+    with pytest.raises(FileFormatError, match=r"blk\.0\.attn_q\.weight has type 9999"):
         inspect_file(path)
 
 
@@ -213,14 +207,14 @@ def test_plot_shades_survive_greyscale():
     }  # IQ3_S and Q3_K: equal bits
     shades = type_shades(types)
     assert list(shades.values()) == sorted(set(shades.values()))
-    assert list(shades)[0] == Q.IQ1_S and list(shades)[-1] == Q.Q8_0
+    assert next(iter(shades)) == Q.IQ1_S and list(shades)[-1] == Q.Q8_0
     colours = matplotlib.colormaps["YlGnBu"]([0.12 + 0.84 * s for s in shades.values()])[:, :3]
     luminance = colours @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) < 0).all()
 
 
 def test_plot_refuses_other_formats(tmp_path, grouped):
-    with pytest.raises(OutputError, match=".png or .svg"):
+    with pytest.raises(OutputError, match=r"\.png or \.svg"):
         plot_bits(inspect_file(grouped), tmp_path / "bits.gif")
     with pytest.raises(OutputError, match="cannot be written"):
         plot_bits(inspect_file(grouped), tmp_path / "absent" / "bits.png")
