@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from moe2gguf import __version__
 from moe2gguf.errors import Moe2ggufError
+from moe2gguf.llama import available_cores
 from moe2gguf.runtime.command import runtime
 
 console = Console()
@@ -315,7 +316,7 @@ def calibrate(model: str, **options: Any) -> None:
             source,
             _calibration(options),
             work,
-            n_threads=options["threads"] or pipeline.usable_cores(),
+            n_threads=options["threads"] or available_cores(),
             progress=progress,
             note=_note,
         )
@@ -369,7 +370,7 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any
     )
     with progress_display() as progress:
         paths = pipeline.write_allocation(
-            source, stats, allocation, target, options["threads"] or pipeline.usable_cores(), progress
+            source, stats, allocation, target, options["threads"] or available_cores(), progress
         )
     for path in paths:
         click.echo(f"{path}  {path.stat().st_size:,} bytes")

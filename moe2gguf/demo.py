@@ -22,8 +22,9 @@ from rich.text import Text
 
 from moe2gguf import __version__
 from moe2gguf.errors import Moe2ggufError
-from moe2gguf.evaluate import Evaluation, available_cores, evaluate, held_out_text
+from moe2gguf.evaluate import Evaluation, evaluate, held_out_text
 from moe2gguf.gguf_reader import read_gguf
+from moe2gguf.llama import available_cores
 from moe2gguf.pipeline import Calibration, convert, write_float
 from moe2gguf.runtime import find_runtime, tool
 

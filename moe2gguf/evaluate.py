@@ -10,14 +10,12 @@ Shapes: T scored predictions of one chunk, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
-import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +23,8 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from moe2gguf.errors import Moe2ggufError, RuntimeMissing
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.llama import OpenModel, available_cores, captured_log, open_model
 
 Progress = Callable[[int, int, str], None]  # chunks done, chunks in all, name of the base file
 
@@ -76,8 +75,18 @@ def evaluate(
     # models side by side, each on its share of the cores: threads of one small model mostly wait
     n_side_by_side = min(n_threads, len(paths))
     with ExitStack() as stack:
-        errors = stack.enter_context(_captured_log())
-        models = [stack.enter_context(_open_model(path, n_ctx, n_threads // n_side_by_side, errors)) for path in paths]
+        errors = stack.enter_context(captured_log())
+        models = []
+        for path in paths:
+            opened = open_model(
+                path,
+                errors,
+                sequence_tokens=n_ctx,
+                n_batch=n_ctx,
+                n_sequences=1,
+                n_threads=n_threads // n_side_by_side,
+            )
+            models.append(_Model(path, stack.enter_context(opened), n_ctx))
         base, *candidates = models
         for candidate in candidates:
             if candidate.n_vocab != base.n_vocab:
@@ -170,30 +179,17 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std() / math.sqrt(len(values) - 1))
 
 
-def available_cores() -> int:
-    """Those this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class _Model:
     """A model and a context of n_ctx tokens, through llama.cpp's C interface.
 
     The high-level `Llama` keeps the logits of every token; here they are asked for where they are scored.
     """
 
-    def __init__(self, path: Path, model: int, context: int, n_ctx: int):
-        import llama_cpp
-
+    def __init__(self, path: Path, opened: OpenModel, n_ctx: int):
         self.path = path
-        self._llama = llama_cpp
-        self._context = context
-        self._n_ctx = n_ctx
-        vocab = llama_cpp.llama_model_get_vocab(model)
-        assert vocab is not None
-        self._vocab = vocab
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self._opened, self._n_ctx = opened, n_ctx
+        self._llama, self._context, self._vocab = opened.lib, opened.context, opened.vocab
+        self.n_vocab = opened.n_vocab
 
     def _tokenize(self, text: str) -> np.ndarray:
         # special tokens as llama-perplexity has them: added if the model wants them, never parsed out
@@ -220,7 +216,7 @@ class _Model:
         """i32 (n_ctx,) -> f32 (T, V), predictions of positions n_ctx/2 + 1 and up, until the next call."""
         llama, n_ctx = self._llama, self._n_ctx
         first = n_ctx // 2
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._opened.forget()
         batch = llama.llama_batch_init(n_ctx, 0, 1)
         try:
             batch.n_tokens = n_ctx
@@ -237,68 +233,6 @@ class _Model:
             raise Moe2ggufError(f"{self.path}: llama.cpp failed to run a chunk of {n_ctx} tokens (status {status})")
         n_scored = n_ctx - 1 - first
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (n_scored, self.n_vocab))
-
-
-@contextmanager
-def _open_model(path: Path, n_ctx: int, n_threads: int, errors: list[str]) -> Iterator[_Model]:
-    llama_cpp = _import_llama_cpp()
-    if not path.is_file():
-        raise Moe2ggufError(f"{path} is not there; a GGUF file is needed")
-    errors.clear()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise Moe2ggufError(f"llama.cpp cannot load {path}: {_reason(errors)}")
-    try:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = n_threads
-        params.no_perf = True
-        context = llama_cpp.llama_init_from_model(model, params)
-        if not context:
-            raise Moe2ggufError(f"llama.cpp cannot open a context of {n_ctx} tokens on {path}: {_reason(errors)}")
-        try:
-            yield _Model(path, model, context, n_ctx)
-        finally:
-            llama_cpp.llama_free(context)
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def _reason(errors: list[str]) -> str:
-    # the first line is the cause, the rest is callers repeating that they failed
-    reason = errors[0].strip() if errors else "it gives no reason"
-    if "+grouped'" in reason:
-        reason += "; grouped files need the patched runtime, run `moe2gguf runtime install`"
-    return reason
-
-
-@contextmanager
-def _captured_log() -> Iterator[list[str]]:
-    """llama.cpp's error lines, in a list instead of on the terminal; its other lines are dropped."""
-    llama_cpp = _import_llama_cpp()
-    from llama_cpp._logger import llama_log_callback
-
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            errors.append(text.decode("utf-8", "replace"))
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    try:
-        yield errors
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
-
-
-def _import_llama_cpp():
-    try:
-        import llama_cpp
-    except ModuleNotFoundError:
-        raise RuntimeMissing("llama-cpp-python is not installed; run `moe2gguf runtime install`") from None
-    return llama_cpp
 
 
 def held_out_text(max_bytes: int) -> str:

@@ -6,7 +6,6 @@ source -> calibrate -> cost table -> allocate -> quantise -> GGUF
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
+from moe2gguf.llama import available_cores
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform, reorderable
 from moe2gguf.sample import sample_text
 from moe2gguf.source import Source, open_source
@@ -109,7 +109,7 @@ def convert(
     note: Note = no_note,
 ) -> ConvertResult:
     """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit."""
-    threads = n_threads or usable_cores()
+    threads = n_threads or available_cores()
     budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides)
     calibration = calibration or Calibration()
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
@@ -158,7 +158,7 @@ def write_float(
 ) -> Path:
     """The checkpoint as a GGUF of one type (bf16, f16, f32, q8_0), a base to compare with."""
     source = open_source(model, pre_tokenizer=pre_tokenizer)
-    return _write_uniform(source, QuantType[ftype.upper()], outfile, usable_cores(), progress)
+    return _write_uniform(source, QuantType[ftype.upper()], outfile, available_cores(), progress)
 
 
 def calibrated(
@@ -314,10 +314,6 @@ def work_folder_for(source: Source, target: Path) -> Path:
     return target.parent / f"{source.path.name}.moe2gguf"
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _calibration_text(
     source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress
 ) -> CalibrationText:
@@ -333,6 +329,8 @@ def _calibration_text(
             writer,
             calibration.n_sequences,
             length,
+            # keys and values in 16 bits, as if every head had its own
+            kv_bytes_per_token=4 * source.n_layer * source.tensor("token_embd.weight").shape[1],
             n_threads=n_threads,
             seed=calibration.seed,
             progress=lambda done, total: progress("the model writes calibration text", done, total),

@@ -19,6 +19,7 @@ from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, reachable_bytes
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table
 from moe2gguf.ggml import QuantType
+from moe2gguf.llama import available_cores
 from moe2gguf.measure import MAX_ERROR_ROWS
 from moe2gguf.pipeline import (
     Budget,
@@ -27,7 +28,6 @@ from moe2gguf.pipeline import (
     fit_budget,
     outfile_for,
     statistics_at_hand,
-    usable_cores,
     work_folder_for,
 )
 from moe2gguf.probes import EXPERT_PROBE_TYPES
@@ -176,7 +176,7 @@ def _speeds() -> tuple[float, float]:
     ggml.encode(weight_RK[:1], QuantType.IQ2_XXS)  # the first call builds the codebook's tables
     start = time.perf_counter()
     ggml.encode(weight_RK, QuantType.IQ2_XXS)
-    return flops, weight_RK.size / (time.perf_counter() - start) * usable_cores()
+    return flops, weight_RK.size / (time.perf_counter() - start) * available_cores()
 
 
 def render_plan(plan: ConversionPlan) -> RenderableType:

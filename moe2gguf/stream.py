@@ -171,10 +171,10 @@ class LayerStream:
             yield layer
         finally:
             for module in layer.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
+                for name, weight in module._parameters.items():
+                    if weight is not None:
                         module._parameters[name] = nn.Parameter(
-                            torch.empty_like(parameter, device="meta"), requires_grad=False
+                            torch.empty_like(weight, device="meta"), requires_grad=False
                         )
 
     @torch.inference_mode()

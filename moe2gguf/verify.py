@@ -21,8 +21,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe2gguf.evaluate import available_cores
 from moe2gguf.gguf_reader import GgufFile, GgufTensor, read_gguf
+from moe2gguf.llama import available_cores
 from moe2gguf.source import KeyValue, Source, SourceTensor, expert_axis, layer_of
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the next

@@ -17,6 +17,7 @@ from moe2gguf.costs import cost_table
 from moe2gguf.evaluate import evaluate, held_out_text
 from moe2gguf.ggml import QuantType, bits_per_weight
 from moe2gguf.gguf_file import Target
+from moe2gguf.llama import available_cores
 from moe2gguf.source import open_source
 
 UNIFORM = tuple(QuantType[name] for name in ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
@@ -40,7 +41,7 @@ class Row:
 def main(model: str, folder: Path, calibration_text: tuple[Path, ...], text: Path | None, bits: str) -> None:
     source = open_source(model)
     calibration = pipeline.Calibration(text_paths=calibration_text)
-    n_threads = pipeline.usable_cores()
+    n_threads = available_cores()
     stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=n_threads, note=click.echo)
     base = pipeline.write_float(model, folder / "base.gguf", ftype="bf16")
 

@@ -1,0 +1,106 @@
+"""llama.cpp's C interface through llama-cpp-python, as far as measuring and sampling need it."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe2gguf.errors import Moe2ggufError, RuntimeMissing
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """Handles of a memory-mapped model and one context on it; `lib` is the llama_cpp module."""
+
+    lib: Any
+    model: Any
+    context: Any
+    vocab: Any
+
+    @property
+    def n_vocab(self) -> int:
+        return self.lib.llama_vocab_n_tokens(self.vocab)
+
+    def forget(self) -> None:
+        """Empties the key-value cache."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+
+def available_cores() -> int:
+    """Those this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def open_model(
+    path: Path, errors: list[str], *, sequence_tokens: int, n_batch: int, n_sequences: int, n_threads: int
+) -> Iterator[OpenModel]:
+    """errors is what captured_log yields. Raises Moe2ggufError with llama.cpp's reason if the file does not load."""
+    llama_cpp = _import_llama_cpp()
+    if not path.is_file():
+        raise Moe2ggufError(f"{path} is not there; a GGUF file is needed")
+    errors.clear()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    if not model:
+        raise Moe2ggufError(f"llama.cpp cannot load {path}: {_reason(errors)}")
+    try:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = sequence_tokens * n_sequences
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = n_sequences
+        params.n_threads = params.n_threads_batch = n_threads
+        params.no_perf = True
+        context = llama_cpp.llama_init_from_model(model, params)
+        if not context:
+            raise Moe2ggufError(
+                f"llama.cpp cannot open a context of {params.n_ctx} tokens on {path}: {_reason(errors)}"
+            )
+        try:
+            yield OpenModel(llama_cpp, model, context, llama_cpp.llama_model_get_vocab(model))
+        finally:
+            llama_cpp.llama_free(context)
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """llama.cpp's error lines, in a list instead of on the terminal; its other lines are dropped."""
+    llama_cpp = _import_llama_cpp()
+    from llama_cpp._logger import llama_log_callback
+
+    errors: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
+            errors.append(text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield errors
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+def _reason(errors: list[str]) -> str:
+    # the first line is the cause, the rest is callers repeating that they failed
+    reason = errors[0].strip() if errors else "it gives no reason"
+    if "+grouped'" in reason:
+        reason += "; grouped files need the patched runtime, run `moe2gguf runtime install`"
+    return reason
+
+
+def _import_llama_cpp() -> Any:
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise RuntimeMissing("llama-cpp-python is not installed; run `moe2gguf runtime install`") from None
+    return llama_cpp
