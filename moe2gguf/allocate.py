@@ -1,18 +1,21 @@
 """A cost table and a byte budget to a type for every unit: one program over the whole model.
 
     min Σ_u Σ_j Δ_uj x_uj    s.t.  Σ_j x_uj = 1,  Σ bytes_uj x_uj ≤ budget,
-    and the experts of one (layer, projection) form at most max_groups runs of one type
+    and a layer's gate_up and down have so few types each that, whichever expert has which, one order of the experts
+    leaves both in at most max_groups runs of one type
 
 The last rule couples the experts of a layer. At a price λ per byte the problem falls apart into layers, so a search
 over λ finds each layer's best few types and a lower bound; what is left, one type out of those few for every unit, is a
-multiple-choice knapsack for HiGHS.
+multiple-choice knapsack, which the same price all but solves, and HiGHS finishes.
 
 Shapes: U units, J types, E experts.
 """
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -21,15 +24,14 @@ import scipy.optimize
 import scipy.sparse
 
 from moe2gguf.costs import CostTable
-from moe2gguf.errors import BudgetError, Moe2ggufError
+from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 
 MAX_GROUPS = 7  # GGML_MAX_MMID_GROUPS of the patched runtime
 # a fifth type in one layer's projection gained nothing measurable, and the subsets to try grow with the power
 MAX_TYPES_PER_PROJECTION = 4
-LAGRANGE_STEPS = 50
 SOLVER_GAP = 1e-4
-SOLVER_SECONDS = 60
+SOLVER_NODES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Allocation:
     n_params: int
     predicted_kl: float  # nats per token
     lower_bound_kl: float  # no allocation under the same rules does better
+    source_sha256: str = ""  # of the checkpoint it is for
+    recipe: str = ""  # JSON: what was asked for
 
     @property
     def bits_per_weight(self) -> float:
@@ -162,7 +166,9 @@ def _type_limits(max_groups: int) -> list[tuple[int, int]]:
             # the outer projection has one run per type; the inner ones join at each of the outer's borders
             if min(max(a, a * b - a + 1), max(b, a * b - b + 1)) <= max_groups:
                 limits.append((a, b))
-    return [l for l in limits if not any(o != l and o[0] >= l[0] and o[1] >= l[1] for o in limits)]
+    limits = [l for l in limits if not any(o != l and o[0] >= l[0] and o[1] >= l[1] for o in limits)]
+    # where several do, the one that leaves most choice comes first
+    return sorted(limits, key=lambda l: -l[0] * l[1])
 
 
 def _best_subsets(
@@ -176,93 +182,159 @@ def _best_subsets(
     n_types = cost_UJ.shape[1]
     limits = _type_limits(max_groups)
     most = max(max(limit) for limit in limits)
-    subsets = [np.array(s) for size in range(1, most + 1) for s in combinations(range(n_types), size)]
     free = np.ones(len(cost_UJ), bool)
     for gate_up, down in blocks:
         free[gate_up] = free[down] = False
+    bounds: list[float] = []
+    allowed_of: dict[float, np.ndarray] = {}
 
-    def best_of(value_EJ: np.ndarray, usable: list[np.ndarray]) -> list[tuple[float, np.ndarray]]:
-        """For each size 1..most, the cheapest subset of at most so many types, and its total."""
-        best: list[tuple[float, np.ndarray]] = []
-        for size in range(1, most + 1):
-            totals = [(float(value_EJ[:, s].min(1).sum()), i) for i, s in enumerate(usable) if len(s) == size]
-            candidates = [(t, usable[i]) for t, i in ([min(totals)] if totals else [])] + best[-1:]
-            best.append(min(candidates, key=lambda c: c[0]))
-        return best
-
-    def solve(price: float) -> tuple[float, int, np.ndarray]:
-        """Value of the relaxed problem at this price, the bytes it would take, and the types allowed."""
+    def taken(price: float) -> int:
+        """Bytes of the relaxed problem's solution at this price; notes its value and the types it allows."""
         value_UJ = cost_UJ + price * bytes_UJ
         allowed_UJ = np.isfinite(cost_UJ)
         value = float(value_UJ[free].min(1).sum())
         for gate_up, down in blocks:
-            # a type that the price makes useless to every expert of the layer need not be tried
-            best_gate_up = best_of(value_UJ[gate_up], _useful(value_UJ[gate_up], subsets))
-            best_down = best_of(value_UJ[down], _useful(value_UJ[down], subsets))
+            best_gate_up, best_down = _best_sets(value_UJ[gate_up], most), _best_sets(value_UJ[down], most)
             a, b = min(limits, key=lambda l: best_gate_up[l[0] - 1][0] + best_down[l[1] - 1][0])
-            for members, (total, subset) in ((gate_up, best_gate_up[a - 1]), (down, best_down[b - 1])):
+            for members, (total, types) in ((gate_up, best_gate_up[a - 1]), (down, best_down[b - 1])):
                 value += total
+                limit = a if members is gate_up else b
                 only = np.zeros(n_types, bool)
-                only[subset] = True
+                only[_widened(types, limit, cost_UJ[members], bytes_UJ[members], price)] = True
                 allowed_UJ[members] &= only
+        bounds.append(value - price * available)
+        allowed_of[price] = allowed_UJ
         choice_U = np.where(allowed_UJ, value_UJ, np.inf).argmin(1)
-        taken = int(bytes_UJ[np.arange(len(choice_U)), choice_U].sum())
-        return value - price * available, taken, allowed_UJ
+        return int(bytes_UJ[np.arange(len(choice_U)), choice_U].sum())
 
-    # the price per byte that just exhausts the budget lies between nothing and the steepest exchange in the table
-    low, high = 0.0, float(np.where(np.isfinite(cost_UJ), cost_UJ, 0).max()) or 1e-12
-    bound, taken, allowed_UJ = solve(low)
-    if taken <= available:
-        return bound, allowed_UJ
-    cheapest_UJ = allowed_UJ
-    for _ in range(LAGRANGE_STEPS):
+    price = _exhausting_price(taken, cost_UJ, available)
+    return max(bounds), allowed_of[price]
+
+
+def _best_sets(value_EJ: np.ndarray, most: int) -> list[tuple[float, np.ndarray]]:
+    """For each size 1..most, the cheapest set of at most so many types, one of them to each expert, and its total."""
+    # a type that another one beats, or equals and precedes, for every expert need not be tried
+    beats_JJ = (value_EJ[:, :, None] <= value_EJ[:, None, :]).all(0)
+    beats_JJ &= ~beats_JJ.T | np.triu(np.ones_like(beats_JJ), 1)
+    np.fill_diagonal(beats_JJ, False)
+    useful = np.flatnonzero(~beats_JJ.any(0))
+    best: list[tuple[float, np.ndarray]] = []
+    for size in range(1, most + 1):
+        if size <= len(useful):
+            sets_nS = _sets(len(useful), size)
+            total_n = value_EJ[:, useful][:, sets_nS].min(2).sum(0)
+            n = int(total_n.argmin())
+            found = float(total_n[n]), useful[sets_nS[n]]
+        best.append(min([*best[-1:], found], key=lambda candidate: candidate[0]))
+    return best
+
+
+def _widened(types: np.ndarray, limit: int, cost_EJ: np.ndarray, bytes_EJ: np.ndarray, price: float) -> np.ndarray:
+    """The set with as many types as the limit has room for: those that would help most at prices nearby, since the
+    knapsack departs from the one price to use up the bytes."""
+    values = [cost_EJ + price * factor * bytes_EJ for factor in (0.5, 2.0)]
+    while len(types) < min(limit, cost_EJ.shape[1]):
+        totals_J = sum(np.minimum(v[:, types].min(1)[:, None], v).sum(0) for v in values)
+        totals_J = np.where(np.isin(np.arange(len(totals_J)), types), np.inf, totals_J)
+        types = np.append(types, totals_J.argmin())
+    return types
+
+
+@functools.cache
+def _sets(n: int, size: int) -> np.ndarray:
+    return np.array(list(combinations(range(n), size)))
+
+
+def _exhausting_price(taken: Callable[[float], int], cost_UJ: np.ndarray, available: int) -> float:
+    """The lowest price per byte, to six digits, at which no more than `available` bytes are taken."""
+    if taken(0.0) <= available:
+        return 0.0
+    # no exchange in the table is steeper than all of the highest cost for one byte
+    low, high = 0.0, 2 * float(np.where(np.isfinite(cost_UJ), cost_UJ, 0).max()) or 1e-12
+    if taken(high) > available:
+        return high
+    while low == 0 or high / low > 1 + 1e-6:
         # prices span many orders of magnitude
-        price = (low + high) / 2 if low == 0 and high < 1e-20 else np.sqrt(max(low, high * 1e-6) * high)
-        value, taken, allowed_UJ = solve(price)
-        bound = max(bound, value)
-        if taken <= available:
-            high, cheapest_UJ = price, allowed_UJ
-        else:
-            low = price
-        if low and high / low < 1 + 1e-6:
+        price = float(np.sqrt(max(low, high * 1e-6) * high))
+        if price == 0 or price >= high:
             break
-    return bound, cheapest_UJ
-
-
-def _useful(value_EJ: np.ndarray, subsets: list[np.ndarray]) -> list[np.ndarray]:
-    """Subsets of the types that are some member's first choice, or its nearest ones, at this price."""
-    possible = np.isfinite(value_EJ).all(0)
-    # seven types around the best ones are plenty: prices change the winners a little, not by leaps
-    ranked = np.argsort(np.where(possible, value_EJ.sum(0), np.inf))[:7]
-    keep = set(ranked.tolist()) | set(value_EJ.argmin(1).tolist())
-    keep = {j for j in keep if possible[j]}
-    return [s for s in subsets if keep.issuperset(s.tolist())]
+        low, high = (low, price) if taken(price) <= available else (price, high)
+    return high
 
 
 def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.ndarray:
-    """One type per unit under the byte limit, by HiGHS. -> i64 (U,)"""
-    units, types = np.nonzero(np.isfinite(cost_UJ))
-    cost, n_bytes = cost_UJ[units, types], bytes_UJ[units, types].astype(np.float64)
+    """One type per unit under the byte limit. -> i64 (U,)
+
+    A price gives a lower bound, and a solution that is nearly as good. A type whose value at that price is above its
+    unit's best by more than lies between the two is in no better solution: in a large model hardly any are left, and
+    HiGHS gets the rest.
+    """
+    rows = np.arange(len(cost_UJ))
+
+    def choice(price: float) -> np.ndarray:
+        return (cost_UJ + price * bytes_UJ).argmin(1)
+
+    def total(of_UJ: np.ndarray, choice_U: np.ndarray) -> float:
+        return of_UJ[rows, choice_U].sum()
+
+    price = _exhausting_price(lambda price: int(total(bytes_UJ, choice(price))), cost_UJ, available)
+    found_U = choice(price)
+    if total(bytes_UJ, found_U) > available:
+        raise BudgetError(f"no allocation fits {available:,} bytes; raise --bits or --size")
+    if price == 0:
+        return found_U
+    _fill(found_U, cost_UJ, bytes_UJ, available)
+
+    above_UJ = cost_UJ + price * bytes_UJ
+    bound = above_UJ.min(1).sum() - price * available
+    above_UJ = above_UJ - above_UJ.min(1, keepdims=True)
+    # rounding must not cut off what is just as good
+    open_UJ = above_UJ <= (total(cost_UJ, found_U) - bound) * (1 + 1e-9)
+    open_UJ[rows, found_U] = True
+    units, types = np.nonzero(open_UJ)
+    cost, n_bytes = cost_UJ[units, types], bytes_UJ[units, types]
     n = len(cost)
-    one_each = scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(cost_UJ), n))
+    # HiGHS has absolute tolerances near 1e-7: costs and bytes come to a scale where those mean nothing, and the limit
+    # lies halfway between two sums of bytes that can occur
+    divisor = int(np.gcd.reduce(n_bytes))
+    limit = (available // divisor + 0.5) * divisor
     result = scipy.optimize.milp(
-        # HiGHS works with absolute tolerances near 1e-7: bring costs and bytes to a scale where those mean nothing
-        cost / cost.max(),
+        cost / (cost.max() or 1),
         constraints=[
-            scipy.optimize.LinearConstraint(one_each, 1, 1),
-            scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, available / n_bytes.max()),
+            scipy.optimize.LinearConstraint(
+                scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(rows), n)), 1, 1
+            ),
+            scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, limit / n_bytes.max()),
         ],
         integrality=np.ones(n),
         bounds=scipy.optimize.Bounds(0, 1),
-        options={"mip_rel_gap": SOLVER_GAP, "time_limit": SOLVER_SECONDS},
+        # nodes, not seconds: the same input must give the same bytes on a slower machine
+        options={"presolve": False, "mip_rel_gap": SOLVER_GAP, "node_limit": SOLVER_NODES},
     )
-    if result.x is None:
-        raise BudgetError(f"no allocation fits {available:,} bytes ({result.message}); raise --bits or --size")
-    choice_U = np.zeros(len(cost_UJ), np.int64)
-    picked = result.x > 0.5
-    choice_U[units[picked]] = types[picked]
-    assert picked.sum() == len(cost_UJ)
-    return choice_U
+    if result.x is not None:
+        solved_U = found_U.copy()
+        picked = result.x > 0.5
+        solved_U[units[picked]] = types[picked]
+        if total(bytes_UJ, solved_U) <= available and total(cost_UJ, solved_U) < total(cost_UJ, found_U):
+            return solved_U
+    return found_U
+
+
+def _fill(choice_U: np.ndarray, cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> None:
+    """Takes the steepest exchange that still fits until none does, in place."""
+    rows = np.arange(len(choice_U))
+    left = available - int(bytes_UJ[rows, choice_U].sum())
+    while True:
+        gain_UJ = cost_UJ[rows, choice_U][:, None] - cost_UJ
+        extra_UJ = bytes_UJ - bytes_UJ[rows, choice_U][:, None]
+        usable_UJ = (gain_UJ > 0) & (extra_UJ <= left)
+        if not usable_UJ.any():
+            return
+        # what costs no more bytes comes first
+        rate_UJ = np.where(usable_UJ, gain_UJ / np.maximum(extra_UJ, 1e-9), 0)
+        u, j = np.unravel_index(rate_UJ.argmax(), rate_UJ.shape)
+        left -= int(extra_UJ[u, j])
+        choice_U[u] = j
 
 
 def save_allocation(allocation: Allocation, path: Path) -> None:
@@ -271,8 +343,11 @@ def save_allocation(allocation: Allocation, path: Path) -> None:
     for field in ("types", "fixed"):
         content[field] = {name: t.name for name, t in getattr(allocation, field).items()}
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(aside, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --outfile") from error
 
 
 def load_allocation(path: Path) -> Allocation:
@@ -281,5 +356,5 @@ def load_allocation(path: Path) -> Allocation:
         for field in ("types", "fixed"):
             content[field] = {name: QuantType[t] for name, t in content[field].items()}
         return Allocation(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Moe2ggufError(f"{path} is not an allocation of `moe2gguf allocate` ({error})") from error

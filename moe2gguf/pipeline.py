@@ -16,7 +16,7 @@ from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
-from moe2gguf.errors import BudgetError, Moe2ggufError
+from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
 from moe2gguf.llama import available_cores
@@ -126,7 +126,7 @@ def convert(
     allocation, plan = fit_budget(source, stats, table, budget, choice)
     report_allocation(source, table, stats, allocation, budget, choice, note)
     assert plan is not None
-    paths = _write(source, plan, provenance(source, stats, allocation, choice, budget), target, threads, progress)
+    paths = _write(source, plan, provenance(source, stats, allocation), target, threads, progress)
     return ConvertResult(tuple(paths), allocation, work / "stats.safetensors", work / "calibration.txt")
 
 
@@ -140,12 +140,15 @@ def write_allocation(
 ) -> list[Path]:
     """The file of an allocation made before."""
     table = cost_table(source, stats)
-    if set(allocation.types) != {unit.name for unit in table.units} or allocation.fixed.keys() != table.fixed.keys():
+    if (
+        allocation.source_sha256 != source_digest(source)
+        or set(allocation.types) != {unit.name for unit in table.units}
+        or allocation.fixed.keys() != table.fixed.keys()
+    ):
         raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
     check_target(target, allocation.tensor_bytes)
     plan = plan_file(source, table, allocation, stats)
-    budget, choice = Budget(size_bytes=allocation.budget_bytes), Choice(allocation.layout)
-    return _write(source, plan, provenance(source, stats, allocation, choice, budget), target, n_threads, progress)
+    return _write(source, plan, provenance(source, stats, allocation), target, n_threads, progress)
 
 
 def write_float(
@@ -177,7 +180,10 @@ def calibrated(
         return stats
     if path.exists():
         note(f"the statistics in {path} answer another request: calibrating anew")
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
     text = _calibration_text(source, calibration, work, n_threads, progress)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     (work / "calibration.txt").write_text(
@@ -213,20 +219,24 @@ def fit_budget(
     layout = choice.layout if reorderable(source) else "stock"
 
     def best(tensor_bytes: int) -> Allocation:
-        return allocate(table, tensor_bytes, layout=layout, max_groups=choice.max_groups)
+        return dataclasses.replace(
+            allocate(table, tensor_bytes, layout=layout, max_groups=choice.max_groups),
+            source_sha256=source_digest(source),
+            recipe=_recipe(budget, choice, stats),
+        )
 
     if budget.bits is not None:
         allocation = best(int(budget.bits * source.n_params / 8))
         return allocation, None if stats is None else plan_file(source, table, allocation, stats)
     assert budget.size_bytes is not None
+    tensor_bytes = budget.size_bytes - file_bytes(source, FilePlan((), {}), {})
     if stats is None:
-        return best(budget.size_bytes), None
+        return best(tensor_bytes), None
     # the header grows with the number of groups, which only an allocation tells
-    tensor_bytes = budget.size_bytes
     for _ in range(4):
         allocation = best(tensor_bytes)
         plan = plan_file(source, table, allocation, stats)
-        total = file_bytes(source, plan, provenance(source, stats, allocation, choice, budget))
+        total = file_bytes(source, plan, provenance(source, stats, allocation))
         if total <= budget.size_bytes:
             return allocation, plan
         tensor_bytes -= total - budget.size_bytes
@@ -264,26 +274,33 @@ def report_allocation(
         note(f"the largest types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
 
 
-def provenance(
-    source: Source, stats: CalibrationStats, allocation: Allocation, choice: Choice, budget: Budget
-) -> KeyValues:
-    """Key-values that say where the file comes from and how to make it again."""
-    string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
-    recipe = {
+def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> str:
+    recipe: dict[str, object] = {
         "budget": budget.describe(),
         "layout": choice.layout,
         "max_groups": choice.max_groups,
         "types": [t.name for t in choice.types or CANDIDATES],
         "overrides": [[pattern, t.name] for pattern, t in choice.overrides],
-        "calibration": {"text": stats.text, "tokens": stats.n_tokens, "probe_tokens": stats.n_probe_tokens},
     }
+    if stats is not None:
+        recipe["calibration"] = {
+            "text": stats.text,
+            "tokens": stats.n_tokens,
+            "probe_tokens": stats.n_probe_tokens,
+        }
+    return json.dumps(recipe, sort_keys=True)
+
+
+def provenance(source: Source, stats: CalibrationStats, allocation: Allocation) -> KeyValues:
+    """Key-values that say where the file comes from and how to make it again."""
+    string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
     values: KeyValues = {
         "general.quantized_by": ("moe2gguf", string, None),
         "moe2gguf.version": (__version__, string, None),
         "moe2gguf.layout": (allocation.layout, string, None),
         "moe2gguf.source.name": (source.name, string, None),
         "moe2gguf.source.sha256": (stats.source_sha256, string, None),
-        "moe2gguf.recipe": (json.dumps(recipe, sort_keys=True), string, None),
+        "moe2gguf.recipe": (allocation.recipe, string, None),
         "moe2gguf.seed": (stats.seed, uint, None),
         "moe2gguf.calibration.digest": (stats.digest, string, None),
         "moe2gguf.calibration.tokens": (stats.n_tokens, uint, None),
