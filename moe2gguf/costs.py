@@ -241,6 +241,10 @@ def _restrict(
         raise Moe2ggufError(
             f"no measurements of {', '.join(missing)}; the candidates are {', '.join(t.name for t in measured)}"
         )
+    names = [name for unit in units for name in unit.tensors]
+    for pattern, _ in overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise Moe2ggufError(f"no matrix whose type can be chosen has a name that {pattern!r} matches")
     bpw_J = np.array([ggml.bits_per_weight(t) for t in measured])
     for u, unit in enumerate(units):
         pinned = [t for pattern, t in overrides if any(re.search(pattern, name) for name in unit.tensors)]
@@ -248,12 +252,13 @@ def _restrict(
             allowed_J = np.array([t == pinned[0] for t in measured])
         else:
             allowed_J = bpw_J >= ROLE_FLOORS_BPW[unit.role]
-            if wanted is not None and ggml.fits(wanted[0], unit.n_columns):
-                allowed_J &= np.array([t in wanted for t in measured])
+            # where no wanted type fits the columns, all others are allowed
+            if fitting := [t for t in wanted or () if ggml.fits(t, unit.n_columns)]:
+                allowed_J &= np.array([t in fitting for t in measured])
         allowed_J &= np.isfinite(cost_UJ[u])
         if not allowed_J.any():
-            names = ", ".join(t.name for t in (pinned or wanted or measured))
+            tried = ", ".join(t.name for t in (pinned or wanted or measured))
             raise Moe2ggufError(
-                f"none of {names} is possible for {unit.name}, which has {unit.n_columns} columns; allow another type"
+                f"none of {tried} is possible for {unit.name}, which has {unit.n_columns} columns; allow another type"
             )
         cost_UJ[u, ~allowed_J] = np.inf
