@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,10 +39,10 @@ class Target:
 def check_target(target: Target, n_bytes: int) -> None:
     """Before hours of work: raises OutputError if the target exists, cannot be written, or the disk is too small."""
     folder = target.path.parent
-    if not target.overwrite and (existing := _existing(target.path)):
-        raise OutputError(f"{existing} exists; pass --force to replace it, or choose another --outfile")
     if target.path.is_dir():
         raise OutputError(f"{target.path} is a folder; --outfile takes a file name")
+    if not target.overwrite and (existing := _existing(target.path)):
+        raise OutputError(f"{existing} exists; pass --force to replace it, or choose another --outfile")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".moe2gguf-"):
@@ -54,7 +55,7 @@ def check_target(target: Target, n_bytes: int) -> None:
 
 def _existing(path: Path) -> Path | None:
     """The file, or the first shard that would be in its place."""
-    shards = sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
+    shards = sorted(path.parent.glob(f"{escape(path.stem)}-00001-of-*.gguf"))
     return path if path.exists() else shards[0] if shards else None
 
 
@@ -75,7 +76,7 @@ def write_gguf(
         finally:
             writer.close()
         if target.overwrite:
-            for old in (target.path, *target.path.parent.glob(f"{target.path.stem}-0*-of-0*.gguf")):
+            for old in (target.path, *target.path.parent.glob(f"{escape(target.path.stem)}-0*-of-0*.gguf")):
                 old.unlink(missing_ok=True)
         written = []
         for file in sorted(aside.iterdir()):
