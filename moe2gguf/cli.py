@@ -187,6 +187,14 @@ def _overrides(options: dict[str, Any]) -> tuple:
     return pinned
 
 
+def _budget(options: dict[str, Any]):
+    from moe2gguf.pipeline import Budget
+
+    if (options["bits"] is None) == (options["size_bytes"] is None):
+        raise click.UsageError("give either --bits or --size")
+    return Budget(options["bits"], options["size_bytes"])
+
+
 def _calibration(options: dict[str, Any]):
     from moe2gguf.pipeline import Calibration
 
@@ -245,7 +253,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
     from moe2gguf import pipeline
     from moe2gguf.plan import make_plan, render_plan
 
-    budget = pipeline.Budget(options["bits"], options["size_bytes"])
+    budget = _budget(options)
     choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
     if dry_run:
         plan = make_plan(
@@ -256,6 +264,8 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             _calibration(options),
             work_folder=options["work_folder"],
             pre_tokenizer=options["pre_tokenizer"],
+            model_name=options["model_name"],
+            metadata_file=options["metadata"],
         )
         console.print(render_plan(plan))
         return
@@ -336,7 +346,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
     from moe2gguf.stats import load_stats
 
     source, stats = _open(model, options), load_stats(stats_path)
-    budget = pipeline.Budget(options["bits"], options["size_bytes"])
+    budget = _budget(options)
     choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
     table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
     allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)

@@ -77,9 +77,11 @@ def make_plan(
     *,
     work_folder: Path | None,
     pre_tokenizer: str | None,
+    model_name: str | None = None,
+    metadata_file: Path | None = None,
 ) -> ConversionPlan:
     """Uses the statistics at hand if they fit the request, and says whether it did."""
-    source = open_source(model, pre_tokenizer=pre_tokenizer)
+    source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = outfile_for(source, outfile, budget)
     stats = statistics_at_hand(source, calibration, work_folder or work_folder_for(source, target))
     table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
