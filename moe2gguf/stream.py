@@ -115,7 +115,10 @@ class LayerStream:
         self.model.model.layers = nn.ModuleList(self._stand_ins)
         self._call_kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._load(self._other_names)
-        self.model.tie_weights()
+        # a head of its own stays untied, whatever the configuration says; transformers does the same
+        if self.head.weight.is_meta:
+            self.model.tie_weights()
+        _check("", self.model)
 
     @property
     def n_layers(self) -> int:
@@ -161,12 +164,7 @@ class LayerStream:
         self.model.model.layers[index] = layer
         self._load(self._names_by_layer[index])
         self.model.model.layers[index] = self._stand_ins[index]
-        for name, parameter in layer.named_parameters():
-            if parameter.is_meta:
-                raise SourceError(f"the checkpoint lacks {self.layer_prefixes[index]}{name}")
-            # one reduction, no array of flags: a sum is finite only if all of it is
-            if not torch.isfinite(parameter.sum()):
-                raise SourceError(f"{self.layer_prefixes[index]}{name} holds NaN or infinite weights")
+        _check(self.layer_prefixes[index], layer)
         try:
             yield layer
         finally:
@@ -205,6 +203,15 @@ class LayerStream:
             return self.model(input_ids=placeholder_BL, use_cache=False).logits
         finally:
             last.replacement_BLD = None
+
+
+def _check(prefix: str, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise SourceError(f"the checkpoint lacks {prefix}{name}")
+        # one reduction, no array of flags: a sum is finite only if all of it is
+        if not torch.isfinite(parameter.sum()):
+            raise SourceError(f"{prefix}{name} holds NaN or infinite weights")
 
 
 def _decode_mxfp4(slices: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The patched llama.cpp: built from pinned sources, cached, installed as an ordinary llama-cpp-python.
 
-    install()            build if needed, install into the running interpreter's environment
-    find_runtime()       what is installed, or RuntimeMissing
-    tool("llama-quantize")
-    status(), check()
+install()            build if needed, install into the running interpreter's environment
+find_runtime()       what is installed, or RuntimeMissing
+tool("llama-quantize")
+status(), check()
 """
 
 from moe2gguf.runtime.installation import Runtime, Status, check, find_runtime, install, status, tool

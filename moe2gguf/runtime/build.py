@@ -246,22 +246,43 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     wheels = work / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     cmake_build = work / "cmake"
-    pip_wheel: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation",
-                 "--disable-pip-version-check", "--wheel-dir", wheels]
+    pip_wheel: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--wheel-dir",
+        wheels,
+    ]
     progress("compiling the library", 0, 0)
     run_logged(
-        [*pip_wheel, source,
-         f"--config-settings=build-dir={cmake_build}",
-         "--config-settings=cmake.args=" + ";".join(info.cmake_args),
-         # the copies in llama_cpp/lib are the ones in use
-         "--config-settings=wheel.exclude=/bin/**;/include/**;/lib/**"],
-        what="building the llama-cpp-python wheel", env=env, log=log, on_line=count_steps("compiling the library"),
+        [
+            *pip_wheel,
+            source,
+            f"--config-settings=build-dir={cmake_build}",
+            "--config-settings=cmake.args=" + ";".join(info.cmake_args),
+            # the copies in llama_cpp/lib are the ones in use
+            "--config-settings=wheel.exclude=/bin/**;/include/**;/lib/**",
+        ],
+        what="building the llama-cpp-python wheel",
+        env=env,
+        log=log,
+        on_line=count_steps("compiling the library"),
     )
     progress("compiling the tools", 0, 0)
     # the wheel's build folder, so that only what the wheel did not need is compiled
     run_logged(["cmake", "-DLLAMA_BUILD_TOOLS=ON", cmake_build], what="configuring the tools", env=env, log=log)
-    run_logged(["cmake", "--build", cmake_build, "--parallel", str(jobs), "--target", *TOOLS],
-               what="building the tools", env=env, log=log, on_line=count_steps("compiling the tools"))
+    run_logged(
+        ["cmake", "--build", cmake_build, "--parallel", str(jobs), "--target", *TOOLS],
+        what="building the tools",
+        env=env,
+        log=log,
+        on_line=count_steps("compiling the tools"),
+    )
     progress("packing gguf-py", 0, 0)
     run_logged([*pip_wheel, source / upstream.tree / "gguf-py"], what="building the gguf wheel", env=env, log=log)
 
@@ -280,8 +301,12 @@ def with_build_tools(env: dict[str, str], cache: Path, log: Path) -> dict[str, s
     if not folder.is_dir():
         aside = folder.with_suffix(".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        run_logged([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--target", aside,
-                    *requirements], what="installing the build tools", env=env, log=log)
+        run_logged(
+            [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--target", aside, *requirements],
+            what="installing the build tools",
+            env=env,
+            log=log,
+        )
         aside.rename(folder)
     return {
         **env,

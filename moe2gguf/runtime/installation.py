@@ -119,9 +119,19 @@ def install(*, jobs: int | None = None, progress: Progress = lambda stage, done,
     if not _is_installed(built):
         progress("installing", 0, 0)
         run_logged(
-            [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall",
-             "--disable-pip-version-check", *built.wheels],
-            what="installing the wheels", log=cache_folder() / "install.log",
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--no-index",
+                "--force-reinstall",
+                "--disable-pip-version-check",
+                *built.wheels,
+            ],
+            what="installing the wheels",
+            log=cache_folder() / "install.log",
         )
     return find_runtime()
 

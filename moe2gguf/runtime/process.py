@@ -50,8 +50,15 @@ def run_logged(
         sink.flush()
         try:
             process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                text=True, encoding="utf-8", errors="replace", env=env, cwd=cwd,
+                words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=env,
+                cwd=cwd,
             )
         except FileNotFoundError:
             raise RuntimeMissing(f"{what} failed: the program {words[0]} is not installed") from None

@@ -47,18 +47,28 @@ def open_ggml(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL, ctypes.CDLL]:
     base, cpu, ggml = (load(folder, name) for name in ("ggml-base", "ggml-cpu", "ggml"))
     p, i64 = c_void_p, c_int64
     for name, result, *arguments in (
-        ("ggml_init", p, InitParams), ("ggml_free", None, p), ("ggml_tensor_overhead", c_size_t),
-        ("ggml_graph_overhead", c_size_t), ("ggml_new_tensor_2d", p, p, c_int, i64, i64),
-        ("ggml_mul_mat", p, p, p, p), ("ggml_nbytes", c_size_t, p), ("ggml_new_graph", p, p),
+        ("ggml_init", p, InitParams),
+        ("ggml_free", None, p),
+        ("ggml_tensor_overhead", c_size_t),
+        ("ggml_graph_overhead", c_size_t),
+        ("ggml_new_tensor_2d", p, p, c_int, i64, i64),
+        ("ggml_mul_mat", p, p, p, p),
+        ("ggml_nbytes", c_size_t, p),
+        ("ggml_new_graph", p, p),
         ("ggml_build_forward_expand", None, p, p),
         ("ggml_quantize_chunk", c_size_t, c_int, p, p, i64, i64, i64, p),
-        ("ggml_backend_alloc_ctx_tensors_from_buft", p, p, p), ("ggml_backend_buffer_free", None, p),
-        ("ggml_backend_buffer_set_usage", None, p, c_int), ("ggml_backend_buft_name", c_char_p, p),
+        ("ggml_backend_alloc_ctx_tensors_from_buft", p, p, p),
+        ("ggml_backend_buffer_free", None, p),
+        ("ggml_backend_buffer_set_usage", None, p, c_int),
+        ("ggml_backend_buft_name", c_char_p, p),
         ("ggml_backend_tensor_set", None, p, p, c_size_t, c_size_t),
         ("ggml_backend_tensor_get", None, p, p, c_size_t, c_size_t),
-        ("ggml_backend_dev_init", p, p, c_char_p), ("ggml_backend_dev_buffer_type", p, p),
-        ("ggml_backend_dev_backend_reg", p, p), ("ggml_backend_reg_get_proc_address", p, p, c_char_p),
-        ("ggml_backend_supports_op", c_bool, p, p), ("ggml_backend_graph_compute", c_int, p, p),
+        ("ggml_backend_dev_init", p, p, c_char_p),
+        ("ggml_backend_dev_buffer_type", p, p),
+        ("ggml_backend_dev_backend_reg", p, p),
+        ("ggml_backend_reg_get_proc_address", p, p, c_char_p),
+        ("ggml_backend_supports_op", c_bool, p, p),
+        ("ggml_backend_graph_compute", c_int, p, p),
         ("ggml_mul_mat_id_ext", p, p, POINTER(p), c_int, p, p, p),
     ):
         declare(base, name, result, *arguments)
@@ -107,8 +117,13 @@ def main(folder: Path) -> None:
 
 
 def _multiply(
-    base: ctypes.CDLL, backend: int, device: int, buffer_type: int, ggml_type: int,
-    weight_NK: np.ndarray, x_TK: np.ndarray,
+    base: ctypes.CDLL,
+    backend: int,
+    device: int,
+    buffer_type: int,
+    ggml_type: int,
+    weight_NK: np.ndarray,
+    x_TK: np.ndarray,
 ) -> np.ndarray | None:
     """f32 (T, N): x_TK times the quantised weight_NK, held in BUFFER_TYPE; None where the backend has no kernel."""
     context_bytes = 8 * base.ggml_tensor_overhead() + base.ggml_graph_overhead()

@@ -90,9 +90,25 @@ def fetch_sdist(upstream: Upstream, folder: Path, *, env: Mapping[str, str], log
     requirement = download / "requirements.txt"
     requirement.write_text(f"{upstream.package}=={upstream.version} --hash=sha256:{upstream.sha256}\n")
     run_logged(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-         "--require-hashes", "--disable-pip-version-check", "--dest", download, "-r", requirement],
-        what=f"downloading {upstream.sdist_name}", env=env, log=log,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--require-hashes",
+            "--disable-pip-version-check",
+            "--dest",
+            download,
+            "-r",
+            requirement,
+        ],
+        what=f"downloading {upstream.sdist_name}",
+        env=env,
+        log=log,
     )
     verify_sdist(download / upstream.sdist_name, upstream)
     (download / upstream.sdist_name).replace(sdist)

@@ -22,9 +22,7 @@ from moe2gguf.source.lazy import evaluate
 __all__ = ["KeyValue", "Source", "SourceTensor", "expert_axis", "layer_of", "open_source", "resolve_model"]
 
 FLOAT_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16}
-EXPERT_FIRST = re.compile(
-    r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b\.bias$)"
-)
+EXPERT_FIRST = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b\.bias$)")
 
 # llama.cpp src/llama-quant.cpp, tensor_allows_quantization: parts of a name that keep a tensor from being
 # quantised. Its list goes on with encoders of images and sound, which a text model does not have.
@@ -83,9 +81,7 @@ class SourceTensor:
     quantisable: bool  # by llama-quantize's own rule; what is not is stored as F32
     load: Callable[[], np.ndarray]  # f32, C-contiguous; raises SourceError on a weight that is not finite
     native_type: gguf.GGMLQuantizationType | None = None  # a checkpoint that is MXFP4 already
-    load_native: Callable[[], np.ndarray] | None = (
-        None  # uint8 (..., bytes per row), the same values without loss
-    )
+    load_native: Callable[[], np.ndarray] | None = None  # uint8 (..., bytes per row), the same values without loss
 
 
 @dataclass(frozen=True)
@@ -147,9 +143,7 @@ def open_source(
     tensors = tuple(_source_tensor(name, info, arch, folder) for name, info in writer.tensors[0].items())
     n_expert = values.get(f"{arch}.expert_count", 0)
     if not n_expert or not any("_exps." in tensor.name for tensor in tensors):
-        raise SourceError(
-            f"{folder} is a dense {arch} model without experts; moe2gguf is for mixtures of experts"
-        )
+        raise SourceError(f"{folder} is a dense {arch} model without experts; moe2gguf is for mixtures of experts")
     return Source(
         path=folder,
         hparams=converted.hparams,

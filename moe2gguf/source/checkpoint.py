@@ -49,9 +49,7 @@ def _download(hub_id: str) -> Path:
     except GatedRepoError as error:
         raise SourceError(f"{hub_id} is gated; accept its terms on the Hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{hub_id} is neither a folder here nor a repository you can see on the Hub"
-        ) from error
+        raise SourceError(f"{hub_id} is neither a folder here nor a repository you can see on the Hub") from error
     # whichever HTTP library the Hub's client uses, its errors come through
     except (OSError, ValueError) as error:
         raise SourceError(
@@ -66,9 +64,7 @@ def check_files(folder: Path) -> None:
         raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     read_json(folder / "config.json")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise SourceError(
-            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there"
-        )
+        raise SourceError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there")
     names_of_file: dict[str, set[str]] = {}
     if (folder / WEIGHTS_INDEX).is_file():
         for tensor_name, file_name in read_json(folder / WEIGHTS_INDEX)["weight_map"].items():
@@ -79,9 +75,7 @@ def check_files(folder: Path) -> None:
         raise SourceError(f"{folder} has no model*.safetensors; convert the checkpoint to safetensors first")
     for file_name, tensor_names in sorted(names_of_file.items()):
         if not (folder / file_name).is_file():
-            raise SourceError(
-                f"{folder / file_name} is missing, though {WEIGHTS_INDEX} names it; download it again"
-            )
+            raise SourceError(f"{folder / file_name} is missing, though {WEIGHTS_INDEX} names it; download it again")
         absent = tensor_names - safetensors_names(folder / file_name)
         if absent:
             raise SourceError(
@@ -98,21 +92,15 @@ def safetensors_names(file: Path) -> set[str]:
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         needed_bytes = 8 + header_bytes
         if len(prefix) < 8 or found_bytes < needed_bytes:
-            raise SourceError(
-                f"{file} is cut short: {found_bytes} bytes found, its header alone needs {needed_bytes}"
-            )
+            raise SourceError(f"{file} is cut short: {found_bytes} bytes found, its header alone needs {needed_bytes}")
         try:
             header = json.loads(stream.read(header_bytes))
             header.pop("__metadata__", None)
             needed_bytes += max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise SourceError(
-                f"{file} is not a safetensors file: its header is corrupt; download it again"
-            ) from error
+            raise SourceError(f"{file} is not a safetensors file: its header is corrupt; download it again") from error
     if found_bytes < needed_bytes:
-        raise SourceError(
-            f"{file} is cut short: {found_bytes} bytes found, {needed_bytes} needed; download it again"
-        )
+        raise SourceError(f"{file} is cut short: {found_bytes} bytes found, {needed_bytes} needed; download it again")
     return set(header)
 
 

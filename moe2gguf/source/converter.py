@@ -57,9 +57,7 @@ def convert_lazily(
                 metadata_override=metadata_file,
             )
             if _needs_all_weights(model.hparams):
-                raise SourceError(
-                    f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original"
-                )
+                raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
             by_hash = model.get_vocab_base_pre
             model.get_vocab_base_pre = lambda tokenizer: _pre_tokenizer(
                 tokenizer, folder, pre_tokenizer, by_hash, model_class
@@ -108,9 +106,7 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
     try:
         hf_architecture = conversion.get_model_architecture(config, conversion.ModelType.TEXT)
     except ValueError as error:
-        raise SourceError(
-            f"{folder / 'config.json'} names no architecture; add it as the original has it"
-        ) from error
+        raise SourceError(f"{folder / 'config.json'} names no architecture; add it as the original has it") from error
     try:
         return conversion.get_model_class(hf_architecture)
     except NotImplementedError as error:
@@ -138,17 +134,13 @@ def _pre_tokenizer(tokenizer: Any, folder: Path, override: str | None, by_hash: 
     text = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.backend_tokenizer.to_str()
     name = pre_tokenizer_name(json.loads(text))
     if name is None:
-        raise _unknown_pre_tokenizer(
-            f"the BPE pre-tokenizer of {folder} is not one that llama.cpp has", model_class
-        )
+        raise _unknown_pre_tokenizer(f"the BPE pre-tokenizer of {folder} is not one that llama.cpp has", model_class)
     return name
 
 
 def _unknown_pre_tokenizer(problem: str, model_class: Any) -> SourceError:
     names = ", ".join(known_pre_tokenizers(model_class))
-    return SourceError(
-        f"{problem}; name the one that splits text alike with --pre-tokenizer NAME, out of {names}"
-    )
+    return SourceError(f"{problem}; name the one that splits text alike with --pre-tokenizer NAME, out of {names}")
 
 
 @contextmanager
