@@ -30,9 +30,7 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
     """Writes `hf_folder` again as `out_folder`, with the values of `gguf_path` as float32 in one file."""
     values = dequantised_tensors(gguf_path)
     shapes = _float_shapes(hf_folder)
-    numbers = _converted(
-        hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())}
-    )
+    numbers = _converted(hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())})
     positions = _converted(hf_folder, {n: torch.arange(prod(s)).reshape(s) for n, s in shapes.items()})
     assert numbers.keys() == values.keys(), numbers.keys() ^ values.keys()
 
@@ -43,16 +41,14 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
             continue  # made by the converter from the configuration, such as RoPE factors
         for index in np.unique(number):
             chosen = number == index
-            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[
-                gguf_name
-            ][chosen]
+            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][
+                chosen
+            ]
     unread = [name for name, value in flat.items() if np.isnan(value).any()]
     assert not unread, f"the converter does not use {unread}"
 
     shutil.copytree(hf_folder, out_folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    _write_float_checkpoint(
-        out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names}
-    )
+    _write_float_checkpoint(out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names})
     for tensor in open_source(out_folder).tensors:
         np.testing.assert_array_equal(tensor.load(), values[tensor.name], err_msg=tensor.name)
     return out_folder

@@ -33,9 +33,7 @@ def llama_logits(gguf_path: Path, tokens: list[int]) -> np.ndarray:
 
 def transformers_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     """(T, V) f32, with phimoe computed as llama.cpp does it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode(), phimoe_as_in_llama_cpp(model.config.model_type == "phimoe"):
         return model(torch.tensor([tokens])).logits[0].numpy()
 

@@ -190,9 +190,7 @@ def test_quantisable_is_what_llama_quantize_quantises(model_type: str, tmp_path:
     command = [str(tool("llama-quantize")), "--pure", str(file), str(tmp_path / "q8.gguf"), "Q8_0"]
     subprocess.run(command, check=True, capture_output=True)
     quantised = gguf.GGUFReader(tmp_path / "q8.gguf")
-    found = {
-        tensor.name: tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0 for tensor in quantised.tensors
-    }
+    found = {tensor.name: tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0 for tensor in quantised.tensors}
     assert found == {tensor.name: tensor.quantisable for tensor in source.tensors}
 
 
@@ -227,9 +225,7 @@ def test_fp8_sources_are_dequantised(qwen3: Path, tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     tensors[f"{name}_scale_inv"] = scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_json(
-        folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
-    )
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     expected = tensors[name].float() * scale.repeat_interleave(128, dim=1)
     np.testing.assert_array_equal(open_source(folder).tensor("blk.0.attn_q.weight").load(), expected.numpy())
 
@@ -263,9 +259,7 @@ print(json.dumps(dict(opened=opened - before, peak=memory_kib("VmHWM") - opened,
 def test_opening_reads_no_weights_and_loading_keeps_none(tmp_path: Path) -> None:
     folder = make_tiny("mixtral", tmp_path / "sparse", hidden=64, intermediate=64)
     hidden, intermediate, n_experts = 2048, 4096, 8
-    edit_json(
-        folder / "config.json", hidden_size=hidden, intermediate_size=intermediate, head_dim=hidden // 4
-    )
+    edit_json(folder / "config.json", hidden_size=hidden, intermediate_size=intermediate, head_dim=hidden // 4)
     shapes = {
         name: [*weight.shape[:-1], weight.shape[-1] * hidden // 64]
         for name, weight in load_file(folder / "model.safetensors").items()
@@ -381,9 +375,7 @@ def test_every_known_family_is_tested() -> None:
 
 
 def test_ignored_merges_choose_between_names(damaged: Path) -> None:
-    assert (
-        pre_tokenizer_name(with_pre_tokenizer(damaged, FAMILIES["dbrx"], ignore_merges=True)) == "llama-bpe"
-    )
+    assert pre_tokenizer_name(with_pre_tokenizer(damaged, FAMILIES["dbrx"], ignore_merges=True)) == "llama-bpe"
 
 
 @pytest.mark.parametrize(
@@ -469,9 +461,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "header is corrupt",
     ),
     "NVFP4": (
-        lambda f: edit_json(
-            f / "config.json", quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}
-        ),
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
         "is quantised to NVFP4",
     ),
     "unknown quantisation": (
@@ -498,9 +488,7 @@ def test_weights_that_are_not_finite_are_found_on_loading(bad: float, damaged: P
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     source = open_source(damaged)
     source.tensor("blk.0.ffn_up_exps.weight").load()
-    with pytest.raises(
-        Moe2ggufError, match=r"blk\.1\.ffn_up_exps\.weight of .* holds 1 weights that are NaN"
-    ):
+    with pytest.raises(Moe2ggufError, match=r"blk\.1\.ffn_up_exps\.weight of .* holds 1 weights that are NaN"):
         source.tensor("blk.1.ffn_up_exps.weight").load()
 
 
@@ -508,9 +496,7 @@ def test_dense_models_are_refused(tmp_path: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = make_tiny("qwen3_moe", tmp_path / "dense")
-    config = Qwen3Config(
-        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16
-    )
+    config = Qwen3Config(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     with pytest.raises(Moe2ggufError, match="is a dense qwen3 model without experts"):
         open_source(folder)

@@ -159,6 +159,7 @@ def make_tiny(
     config = AutoConfig.for_model(model_type, **(COMMON | SPECIAL[model_type] | sizes | options))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # which comes with the initialisation otherwise
     _fill(model, seed)
     model.to(dtype).save_pretrained(folder)
     _save_tokenizer(folder, model_type)
@@ -192,9 +193,7 @@ def _experts_to_mxfp4(folder: Path) -> None:
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         weight_ENK = tensors.pop(name).float().transpose(1, 2).contiguous().numpy()
         blocks = gguf.quantize(weight_ENK, gguf.GGMLQuantizationType.MXFP4)
-        blocks = blocks.reshape(
-            *weight_ENK.shape[:2], -1, 17
-        )  # scale, then codes of elements j and j + 16 in one byte
+        blocks = blocks.reshape(*weight_ENK.shape[:2], -1, 17)  # scale, then codes of elements j and j + 16 in one byte
         codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
         # the checkpoint pairs neighbours: elements 2j and 2j + 1
         tensors[f"{name}_blocks"] = torch.from_numpy(codes[..., ::2] | (codes[..., 1::2] << 4))

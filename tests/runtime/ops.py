@@ -30,9 +30,12 @@ class Ops:
         self.base, self.cpu, ggml = open_ggml(folder)
         p, i64 = c_void_p, c_int64
         for name, result, *arguments in (
-            ("ggml_new_tensor_3d", p, p, c_int, i64, i64, i64), ("ggml_mul_mat_id", p, p, p, p, p),
-            ("ggml_op_desc", c_char_p, p), ("ggml_prec_set_src", c_bool, p, c_int, c_int),
-            ("ggml_prec_set_acc", c_bool, p, c_int), ("ggml_quantize_requires_imatrix", c_bool, c_int),
+            ("ggml_new_tensor_3d", p, p, c_int, i64, i64, i64),
+            ("ggml_mul_mat_id", p, p, p, p, p),
+            ("ggml_op_desc", c_char_p, p),
+            ("ggml_prec_set_src", c_bool, p, c_int, c_int),
+            ("ggml_prec_set_acc", c_bool, p, c_int),
+            ("ggml_quantize_requires_imatrix", c_bool, c_int),
         ):
             declare(self.base, name, result, *arguments)
         declare(self.cpu, "ggml_backend_cpu_set_n_threads", None, p, c_int)

@@ -86,7 +86,9 @@ def test_mixed_types_equal_their_decoded_weights(ops, tmp_path, options) -> None
             plain_name = tensor.name.split(".g")[0] + ".weight"
             decoded.setdefault(plain_name, []).append(gguf.dequantize(tensor.data, tensor.tensor_type))
     exact_path = write_model(
-        tmp_path / "f32.gguf", ops, rename=dict.fromkeys(decoded, ""),
+        tmp_path / "f32.gguf",
+        ops,
+        rename=dict.fromkeys(decoded, ""),
         extra={name: np.concatenate(parts) for name, parts in decoded.items()},
     )
     logits, exact = evaluate(path, *options)[0], evaluate(exact_path, *options)[0]
@@ -111,51 +113,64 @@ GATE = "blk.0.ffn_gate_exps"
     ("model", "sentence"),
     [
         pytest.param(
-            {"rename": {f"{GATE}.g2.weight": ""}}, f"the groups of tensor '{GATE}.weight' hold 7 experts, expected 8",
+            {"rename": {f"{GATE}.g2.weight": ""}},
+            f"the groups of tensor '{GATE}.weight' hold 7 experts, expected 8",
             id="too few experts",
         ),
         pytest.param(
             {"extra": {f"{GATE}.g3.weight": matrices(1)}},
-            f"the groups of tensor '{GATE}.weight' hold 9 experts, expected 8", id="too many experts",
+            f"the groups of tensor '{GATE}.weight' hold 9 experts, expected 8",
+            id="too many experts",
         ),
         pytest.param(
             {"rename": {f"{GATE}.g1.weight": f"{GATE}.g5.weight"}},
-            f"tensor '{GATE}.g2.weight' found, but there is no group 1 before it", id="a gap in the numbers",
+            f"tensor '{GATE}.g2.weight' found, but there is no group 1 before it",
+            id="a gap in the numbers",
         ),
         pytest.param(
             {"rename": {f"{GATE}.g0.weight": f"{GATE}.g6.weight"}},
-            f"tensor '{GATE}.g1.weight' found, but there is no group 0 before it", id="no group 0",
+            f"tensor '{GATE}.g1.weight' found, but there is no group 0 before it",
+            id="no group 0",
         ),
         pytest.param(
-            {"groups": grouped(8)}, f"the experts of tensor '{GATE}.weight' are spread over more than 7 groups",
+            {"groups": grouped(8)},
+            f"the experts of tensor '{GATE}.weight' are spread over more than 7 groups",
             id="eight groups",
         ),
         pytest.param({"extra": {f"{GATE}.g12.weight": matrices(1)}}, "wrong number of tensors", id="a group far away"),
         pytest.param(
             {"extra": {f"{GATE}.weight": matrices(N_EXPERT)}},
-            f"tensor '{GATE}.weight' found both as a single tensor and as groups", id="plain and grouped",
+            f"tensor '{GATE}.weight' found both as a single tensor and as groups",
+            id="plain and grouped",
         ),
         pytest.param(
             {"rename": {f"{GATE}.g2.weight": ""}, "extra": {f"{GATE}.g2.weight": matrices(1, N_FF // 2)}},
-            f"tensor '{GATE}.g2.weight' has wrong shape", id="wrong rows",
+            f"tensor '{GATE}.g2.weight' has wrong shape",
+            id="wrong rows",
         ),
         pytest.param(
             {"rename": {f"{GATE}.g2.weight": ""}, "extra": {f"{GATE}.g2.weight": matrices(1)[None]}},
-            "ok", id="a fourth dimension of 1 is no other shape",
+            "ok",
+            id="a fourth dimension of 1 is no other shape",
         ),
         pytest.param(
             {"rename": {f"{GATE}.g2.weight": ""}, "extra": {f"{GATE}.g2.weight": matrices(1, N_FF, N_EMBD)[0, 0]}},
-            f"tensor '{GATE}.g2.weight' has wrong shape", id="one dimension",
+            f"tensor '{GATE}.g2.weight' has wrong shape",
+            id="one dimension",
         ),
         pytest.param(
-            {"rename": {f"{GATE}.g{i}.weight": "" for i in range(3)}}, f"tensor '{GATE}.weight' not found",
+            {"rename": {f"{GATE}.g{i}.weight": "" for i in range(3)}},
+            f"tensor '{GATE}.weight' not found",
             id="no experts",
         ),
         pytest.param(
-            {"suffix": "+grouped+grouped"}, "unknown model architecture: 'qwen3moe+grouped+grouped'", id="suffix twice",
+            {"suffix": "+grouped+grouped"},
+            "unknown model architecture: 'qwen3moe+grouped+grouped'",
+            id="suffix twice",
         ),
         pytest.param(
-            {"arch": "qwen9moe", "suffix": "+grouped"}, "unknown model architecture: 'qwen9moe+grouped'",
+            {"arch": "qwen9moe", "suffix": "+grouped"},
+            "unknown model architecture: 'qwen9moe+grouped'",
             id="unknown architecture",
         ),
     ],

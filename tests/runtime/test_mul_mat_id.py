@@ -25,8 +25,13 @@ MIXES = [
     ((Type.Q4_0, 1), (Type.Q4_0, 11)),
     # as many groups as there can be
     (
-        (Type.IQ2_XXS, 1), (Type.IQ3_S, 2), (Type.Q2_K, 1), (Type.Q4_K, 2),
-        (Type.Q5_K, 2), (Type.Q6_K, 2), (Type.Q8_0, 2),
+        (Type.IQ2_XXS, 1),
+        (Type.IQ3_S, 2),
+        (Type.Q2_K, 1),
+        (Type.Q4_K, 2),
+        (Type.Q5_K, 2),
+        (Type.Q6_K, 2),
+        (Type.Q8_0, 2),
     ),
     # types with activations quantised to Q8_1
     ((Type.Q4_1, 6), (Type.BF16, 6)),
