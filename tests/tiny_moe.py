@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 QWEN2_REGEX = (
@@ -168,6 +168,14 @@ def make_tiny(
     if model_type in PUBLISHED_ARCHITECTURE:
         _edit_json(folder / "config.json", architectures=[PUBLISHED_ARCHITECTURE[model_type]])
     return folder
+
+
+def load_whole(folder: Path) -> PreTrainedModel:
+    """The whole model in f32, its experts computed one after the other: other ways sum in another order."""
+    config = json.loads((folder / "config.json").read_text())
+    options = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager", **options)
+    return model.float().eval()
 
 
 def _fill(model: PreTrainedModel, seed: int) -> None:
