@@ -1,0 +1,187 @@
+"""The stream of layers is transformers' own forward pass, with one layer in memory."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe2gguf.errors import SourceError
+from moe2gguf.stream import LayerStream
+from tests.tiny_moe import MODEL_TYPES, N_VOCAB, load_whole
+
+# below 256, so that these take no time
+SMALL = {"hidden": 64, "intermediate": 64}
+CASES = [
+    *(pytest.param(model_type, {}, id=model_type) for model_type in MODEL_TYPES),
+    pytest.param("gpt_oss", {"mxfp4": True}, id="gpt_oss-mxfp4"),
+    pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="tied"),
+]
+# longer than the sliding windows of 32, than phimoe's and gpt_oss' original positions
+TOKENS_BL = torch.randint(0, N_VOCAB - 1, (3, 48), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def streamed(stream: LayerStream, tokens_BL: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states before each layer and after the last, and the logits."""
+    hidden = [stream.embed(tokens_BL)]
+    for index in range(stream.n_layers):
+        with stream.layer(index) as layer:
+            hidden.append(stream.run(index, layer, hidden[-1]))
+    return hidden, stream.logits(hidden[-1])
+
+
+@torch.inference_mode()
+def whole(folder: Path, tokens_BL: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The same by one call of the whole model, hooked where the layers end."""
+    model, hidden = load_whole(folder), []
+    for index, layer in enumerate(model.model.layers):
+        if index == 0:
+            layer.register_forward_pre_hook(
+                lambda _m, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        layer.register_forward_hook(lambda _m, _a, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+    return hidden, model(tokens_BL, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("model_type", "options"), CASES)
+def test_layer_by_layer_as_transformers(model_type: str, options: dict, tiny: Callable[..., Path]) -> None:
+    folder = tiny(model_type, **SMALL, **options)
+    wanted_hidden, wanted_logits = whole(folder, TOKENS_BL)
+    hidden, logits = streamed(LayerStream(folder), TOKENS_BL)
+    assert len(hidden) == len(wanted_hidden) >= 3
+    for index, (ours, theirs) in enumerate(zip(hidden, wanted_hidden, strict=True)):
+        assert torch.equal(ours, theirs), f"{index}: {(ours - theirs).abs().max()}"
+    assert torch.equal(logits, wanted_logits), (logits - wanted_logits).abs().max()
+
+
+def test_another_shape_than_the_last_one(tiny: Callable[..., Path]) -> None:
+    """Masks and rotary tables belong to a shape: they may not be those of the batch that came before."""
+    stream, folder = LayerStream(tiny("gpt_oss", **SMALL)), tiny("gpt_oss", **SMALL)
+    streamed(stream, TOKENS_BL)
+    for tokens_BL in (TOKENS_BL[:1, :40], TOKENS_BL[:2]):
+        assert torch.equal(streamed(stream, tokens_BL)[1], whole(folder, tokens_BL)[1])
+    # a shape that was never embedded, as the probes may hand in
+    wanted_hidden, _ = whole(folder, TOKENS_BL[:, :33])
+    with stream.layer(0) as layer:
+        assert torch.equal(stream.run(0, layer, wanted_hidden[0]), wanted_hidden[1])
+
+
+def test_shards_stream_the_same(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Experts of one layer lie in several shards."""
+    folder = tiny("mixtral", **SMALL)
+    sharded = shutil.copytree(folder, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    weight_map = {}
+    tensors = load_file(folder / "model.safetensors")
+    for part in range(3):
+        file = f"model-{part + 1:05}-of-00003.safetensors"
+        names = sorted(tensors)[part::3]
+        save_file({name: tensors[name] for name in names}, sharded / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(streamed(LayerStream(sharded), TOKENS_BL)[1], whole(folder, TOKENS_BL)[1])
+
+
+def on_meta(stream: LayerStream, index: int) -> set[bool]:
+    return {parameter.is_meta for parameter in stream.layers[index].parameters()}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_one_layer_has_weights_at_a_time(model_type: str, tiny: Callable[..., Path]) -> None:
+    stream = LayerStream(tiny(model_type, **SMALL))
+    layers = range(stream.n_layers)
+    assert all(on_meta(stream, index) == {True} for index in layers)
+    for index in layers:
+        with stream.layer(index):
+            assert [on_meta(stream, other) for other in layers] == [{other != index} for other in layers]
+        assert all(on_meta(stream, other) == {True} for other in layers)
+    with pytest.raises(KeyError, match="in the middle"), stream.layer(1):
+        raise KeyError("in the middle")
+    assert on_meta(stream, 1) == {True}
+    # again, after all: nothing was used up
+    with stream.layer(0) as layer:
+        hidden_BLD = stream.run(0, layer, stream.embed(TOKENS_BL))
+    assert hidden_BLD.isfinite().all()
+
+
+def test_changes_to_a_layer_are_forgotten(tiny: Callable[..., Path]) -> None:
+    """Probes write into weights; the next visit reads the checkpoint again."""
+    stream = LayerStream(tiny("mixtral", **SMALL))
+    with stream.layer(0) as layer, torch.inference_mode():
+        name, parameter = next(iter(layer.named_parameters()))
+        exact = parameter.clone()
+        parameter.zero_()
+    with stream.layer(0) as layer:
+        assert torch.equal(layer.get_parameter(name), exact)
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors") | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left_out", "named"),
+    [
+        ("qwen3_moe", "model.layers.1.self_attn.q_norm.weight", r"model\.layers\.1\.self_attn\.q_norm\.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.gate.weight", r"model\.layers\.1\.mlp\.gate\.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight", r"model\.layers\.1\..*down_proj"),
+    ],
+)
+def test_a_missing_tensor_is_named(
+    model_type: str, left_out: str, named: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny(model_type, **SMALL), tmp_path / "broken")
+    change_tensors(folder, **{left_out: None})
+    stream = LayerStream(folder)
+    with stream.layer(0):
+        pass
+    with pytest.raises(SourceError, match=named), stream.layer(1):
+        pass
+
+
+@pytest.mark.parametrize("left_out", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_beside_the_layers_is_named(left_out: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "broken")
+    change_tensors(folder, **{left_out: None})
+    with pytest.raises(SourceError, match="the checkpoint lacks " + re.escape(left_out)):
+        LayerStream(folder)
+
+
+def test_a_head_of_its_own_stays_untied(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Some configurations say "tied" of a checkpoint that has both; transformers believes the checkpoint."""
+    folder = shutil.copytree(tiny("qwen3_moe", **SMALL, tie_word_embeddings=True), tmp_path / "both")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    head_VD = torch.randn(N_VOCAB, SMALL["hidden"], generator=torch.Generator().manual_seed(1))
+    change_tensors(folder, **{"lm_head.weight": head_VD})
+    assert torch.equal(streamed(LayerStream(folder), TOKENS_BL)[1], whole(folder, TOKENS_BL)[1])
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"])
+def test_weights_that_are_not_finite_are_refused(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "broken")
+    weight = load_file(folder / "model.safetensors")[name]
+    weight.view(-1)[5] = torch.nan
+    change_tensors(folder, **{name: weight})
+    with pytest.raises(SourceError, match="holds NaN or infinite weights"):
+        streamed(LayerStream(folder), TOKENS_BL)
+
+
+def test_no_weights_at_all(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(tiny("mixtral", **SMALL), tmp_path / "empty", ignore=no_weights)
+    with pytest.raises(SourceError, match=r"holds no \*\.safetensors"):
+        LayerStream(folder)
+
+
+def test_a_quantised_checkpoint_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("mixtral", **SMALL), tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(SourceError, match="is quantised with fp8; calibrate on the unquantised checkpoint"):
+        LayerStream(folder)
