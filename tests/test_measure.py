@@ -1,0 +1,252 @@
+"""Measured errors against what the block really puts out, probes against whole models with one projection quantised."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe2gguf import ggml
+from moe2gguf.calibrate import calibrate, expert_statistics
+from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.measure import Measure
+from moe2gguf.pipeline import no_progress
+from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats
+from moe2gguf.stream import LayerStream
+from moe2gguf.text import CalibrationText
+from tests.tiny_moe import load_whole
+
+pytestmark = pytest.mark.usefixtures("needs_runtime")
+
+SMALL = {"hidden": 64, "intermediate": 96}
+TYPES = (QuantType.IQ4_NL, QuantType.Q8_0)
+# 96 tokens: below 128 every token is in the samples
+TOKENS_SL = np.random.default_rng(0).integers(0, 300, (6, 16))
+# Rows' errors are taken as independent. Where they are, cross terms cancel but for a share that falls with the number
+# of rows and tokens: up to 14 % of one expert's error was seen here, with 96 rows and some 20 tokens, and 2 % of many
+ONE_EXPERT, MANY_EXPERTS = 0.2, 0.05
+
+
+class Captured:
+    """Layer 1 of a tiny model with all that calibration sees of it."""
+
+    def __init__(self, folder: Path):
+        self.model = load_whole(folder).requires_grad_(False)
+        self.layer = self.model.model.layers[1]
+        block = find_experts(self.layer)
+        assert block is not None
+        self.block: ExpertBlock = block
+        self.capture = LayerCapture(self.layer, block)
+        self.moe_inputs: list[torch.Tensor] = []
+        experts_parent = next(m for m in self.layer.modules() if block.module in m.children())
+        experts_parent.register_forward_pre_hook(lambda _m, args: self.moe_inputs.append(args[0]))
+        self.moe = experts_parent
+        with torch.inference_mode(), self.capture.listening():
+            self.model(torch.from_numpy(TOKENS_SL))
+            self.stats: ExpertStats = expert_statistics(block, self.capture, len(TOKENS_SL))
+
+    @torch.inference_mode()
+    def output(self) -> torch.Tensor:
+        """The whole MoE block on its own inputs, (T, D)."""
+        out = self.moe(self.moe_inputs[0])
+        out = out[0] if isinstance(out, tuple) else out
+        return out.reshape(-1, out.shape[-1])
+
+    def measured(self) -> tuple[np.ndarray, np.ndarray]:
+        with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+            return Measure(TYPES, pool).experts(
+                self.block, self.capture, self.stats, np.random.default_rng(0), lambda *_: None
+            )
+
+    @torch.inference_mode()
+    def output_error(self, expert: int, projection: str, quant_type: QuantType) -> float:
+        """Mean squared change of the block's output per token with one matrix of one expert really quantised."""
+        get, put, importance_EK = {
+            "gate_up": (self.block.gate_up, self.block.set_gate_up, self.stats.importance_gate_up_ED),
+            "down": (self.block.down, self.block.set_down, self.stats.importance_down_EI),
+        }[projection]
+        exact, clean = get(expert).clone(), self.output()
+        put(expert, torch.from_numpy(ggml.round_trip(exact.numpy(), quant_type, importance_EK[expert])))
+        changed = self.output()
+        put(expert, exact)
+        assert torch.equal(self.output(), clean)
+        return float((changed - clean).double().square().sum(1).mean())
+
+
+# plain, shared expert beside, transposed + interleaved + biased + clamped, sigmoid router with groups
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_expert_errors_are_the_blocks(
+    model_type: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # without the layer's share, which tests below have; what is left is (n + 1) / n times the block's error
+    monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
+    captured = Captured(tiny(model_type, **SMALL))
+    gate_up_EJ, down_EJ = captured.measured()
+    n_E, ratios = captured.stats.n_tokens_E, []
+    for expert in np.flatnonzero(n_E):
+        for j, quant_type in enumerate(TYPES):
+            seen = n_E[expert] / (n_E[expert] + 1)
+            down = captured.output_error(expert, "down", quant_type)
+            assert down_EJ[expert, j] * seen == pytest.approx(down, rel=1e-4)
+            gate_up = captured.output_error(expert, "gate_up", quant_type)
+            assert gate_up_EJ[expert, j] * seen == pytest.approx(gate_up, rel=ONE_EXPERT)
+            ratios.append(gate_up_EJ[expert, j] * seen / gate_up)
+    assert np.mean(ratios) == pytest.approx(1, rel=MANY_EXPERTS)
+
+
+def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path]) -> None:
+    """Own tokens by g², the layer's by p² as 32 tokens of weight; experts no token reached are not free."""
+    captured = Captured(tiny("qwen3_moe", **SMALL, n_experts=64, top_k=1))
+    n_E = captured.stats.n_tokens_E
+    assert (n_E == 0).any() and (n_E > 3).any()
+    _, down_EJ = captured.measured()
+    assert (down_EJ > 0).all() and np.isfinite(down_EJ).all()
+    x_TD, ids_TK, gates_TK = captured.capture.routed()
+    probability_TE = torch.softmax((x_TD @ captured.block.router_ED.T).double(), -1)
+    for expert in (int(n_E.argmin()), int(n_E.argmax())):
+        exact_DI = captured.block.down(expert).numpy()
+        importance_I = captured.stats.importance_down_EI[expert]
+        delta_DI = torch.from_numpy(ggml.round_trip(exact_DI, TYPES[0], importance_I) - exact_DI)
+        with torch.inference_mode():
+            sq_T = (captured.block.activation(expert, x_TD) @ delta_DI.T).double().square().sum(1)
+        tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
+        n = len(tokens_n)
+        own = float((gates_n.double().square() * sq_T[tokens_n]).sum() / n) if n else 0.0
+        layer = float((probability_TE[:, expert].square() * sq_T).mean())
+        blended = (n * own + SHRINKAGE_TOKENS * layer) / (n + SHRINKAGE_TOKENS)
+        assert down_EJ[expert, 0] == pytest.approx(blended * (n + 1) / len(x_TD), rel=1e-3)
+
+
+def test_a_sample_of_rows_and_tokens_stands_for_all(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = Captured(tiny("mixtral", **SMALL))
+    whole = captured.measured()
+    monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_ROWS", 32)
+    monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_TOKENS", 16)
+    for all_EJ, sampled_EJ in zip(whole, captured.measured(), strict=True):
+        assert not np.array_equal(all_EJ, sampled_EJ)
+        # 32 of 64 or 96 rows and 16 of some 30 tokens: each expert within a third, all together within a tenth
+        np.testing.assert_allclose(sampled_EJ, all_EJ, rtol=0.35)
+        np.testing.assert_allclose(sampled_EJ.sum(0), all_EJ.sum(0), rtol=0.1)
+
+
+def test_types_that_do_not_fit_cost_infinitely_much(tiny: Callable[..., Path]) -> None:
+    """64 columns into gate and up, 256 into down: only one of them takes blocks of 256."""
+    captured = Captured(tiny("mixtral", hidden=64, intermediate=256))
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        gate_up_EJ, down_EJ = Measure((QuantType.Q6_K,), pool).experts(
+            captured.block, captured.capture, captured.stats, np.random.default_rng(0), lambda *_: None
+        )
+    assert np.isinf(gate_up_EJ).all() and np.isfinite(down_EJ).all()
+
+
+def test_matrix_errors(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = Captured(tiny("mixtral", **SMALL))
+    matrix: MatrixCapture = captured.capture.matrices["self_attn.v_proj"]
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        measured_J = Measure(TYPES, pool).matrix(matrix, np.random.default_rng(0))[0]
+        monkeypatch.setattr("moe2gguf.measure.MAX_MATRIX_ROWS", 16)
+        sampled_J = Measure(TYPES, pool).matrix(matrix, np.random.default_rng(0))[0]
+    weight_NK, x_nK = matrix.module.weight.numpy(), matrix.sample_nK().numpy()
+    assert len(x_nK) == TOKENS_SL.size
+    for j, quant_type in enumerate(TYPES):
+        delta_NK = ggml.round_trip(weight_NK, quant_type, matrix.importance_K()) - weight_NK
+        assert measured_J[j] == pytest.approx(np.square(x_nK @ delta_NK.T).sum(1).mean(), rel=1e-4)
+    np.testing.assert_allclose(sampled_J, measured_J, rtol=0.3)  # half of 32 rows
+
+
+def test_embedding_errors_count_as_often_as_tokens_occur() -> None:
+    rng = np.random.default_rng(0)
+    weight_VD = rng.standard_normal((50, 64), np.float32)
+    weight_VD[:5] *= 10
+    share_V = np.zeros(50)
+    share_V[[2, 30]] = 0.1, 0.9  # all other tokens never occur
+    with ThreadPoolExecutor(2) as pool:
+        measured_J = Measure(TYPES, pool).embedding(weight_VD, share_V, rng)[0]
+    for j, quant_type in enumerate(TYPES):
+        sq_V = np.square(ggml.round_trip(weight_VD, quant_type) - weight_VD).sum(1)
+        # 1024 draws of a token that has a tenth, and nearly all of the error: 9 % standard deviation, times three
+        assert measured_J[j] == pytest.approx(share_V @ sq_V, rel=0.28)
+
+
+# --- probes ---
+
+
+@pytest.fixture(scope="module")
+def calibrated_small(tiny: Callable[..., Path]) -> tuple[Path, CalibrationStats]:
+    # blocks of 32 for the shared expert too
+    folder = tiny("qwen2_moe", **SMALL, shared_expert_intermediate_size=96)
+    stats = calibrate(
+        LayerStream(folder),
+        CalibrationText(TOKENS_SL, "random"),
+        (QuantType.IQ4_NL, QuantType.Q5_0),
+        source_sha256="",
+        request="",
+        n_probe_tokens=3 * TOKENS_SL.shape[1],
+        n_threads=2,
+        seed=0,
+        progress=no_progress,
+    )
+    return folder, stats
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embed_tokens",
+        "layers.0.self_attn.q_proj",
+        "layers.0.gate_up",
+        "layers.1.down",
+        "layers.1.mlp.shared_expert.down_proj",
+        "lm_head",
+    ],
+)
+def test_a_probe_is_the_kl_divergence_of_the_whole_model(
+    name: str, calibrated_small: tuple[Path, CalibrationStats]
+) -> None:
+    folder, stats = calibrated_small
+    errors, model = stats.errors[name], load_whole(folder).requires_grad_(False)
+    tokens_SL = torch.from_numpy(TOKENS_SL[:3])  # the probes' share of the text
+    assert stats.n_probe_tokens == tokens_SL.numel()
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.log_softmax(model(tokens_SL).logits.double(), -1)
+
+    clean = log_probabilities()
+    parts = name.split(".")
+    if parts[-1] in ("gate_up", "down"):
+        index = int(parts[1])
+        weight = getattr(model.model.layers[index].mlp.experts, f"{parts[-1]}_proj")
+        layer = stats.layers[index]
+        importances = layer.importance_down_EI if parts[-1] == "down" else layer.importance_gate_up_ED
+    else:
+        module = model.lm_head if name == "lm_head" else model.model.get_submodule(name)
+        weight, importances = module.weight[None], [stats.importance.get(name)]
+    exact = weight.clone()
+    expected_types = (QuantType.IQ4_NL, QuantType.Q5_0) if parts[-1] in ("gate_up", "down") else (QuantType.IQ4_NL,)
+    assert errors.probe_types == expected_types
+    for quant_type, kl in zip(errors.probe_types, errors.probe_kl, strict=True):
+        for expert, importance_K in enumerate(importances):
+            coarse = ggml.round_trip(exact[expert].numpy(), quant_type, importance_K)
+            weight[expert] = torch.from_numpy(coarse)
+        other = log_probabilities()
+        weight.copy_(exact)
+        wanted = float((clean.exp() * (clean - other)).sum(-1).mean())
+        # differences of f32 logarithms near 1e-6, against divergences of 1e-3
+        assert kl == pytest.approx(wanted, rel=1e-2, abs=1e-6)
+        assert wanted > 1e-5
+    assert torch.equal(log_probabilities(), clean)
+
+
+def test_every_matrix_is_probed_and_measured(calibrated_small: tuple[Path, CalibrationStats]) -> None:
+    folder, stats = calibrated_small
+    linear = {name for name, module in load_whole(folder).model.named_modules() if isinstance(module, torch.nn.Linear)}
+    experts = {f"layers.{index}.{projection}" for index in (0, 1) for projection in ("gate_up", "down")}
+    assert stats.errors.keys() == linear | experts | {"embed_tokens", "lm_head"}
+    for name, errors in stats.errors.items():
+        assert errors.error_EJ.shape == (len(stats.layers[0].n_tokens_E) if name in experts else 1, len(stats.types))
+        assert np.isfinite(errors.error_EJ).all() and (errors.probe_kl > 0).all(), name
