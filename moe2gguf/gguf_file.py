@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -34,6 +34,14 @@ class Target:
     split_max_bytes: int = 0
     split_max_tensors: int = 0
     overwrite: bool = False
+
+
+class _Blocks(np.ndarray):
+    """What the writer is given: numpy's own tofile goes past the file's buffer, and on a full disk says neither why a
+    write failed nor that its last bytes did."""
+
+    def tofile(self, file: BinaryIO) -> None:  # type: ignore[override]
+        file.write(self.data)
 
 
 def check_target(target: Target, n_bytes: int) -> None:
@@ -72,7 +80,7 @@ def write_gguf(
         try:
             for tensor, blocks in tensors:
                 assert blocks.nbytes == tensor.n_bytes, tensor.name
-                writer.write_tensor_data(blocks)
+                writer.write_tensor_data(blocks.view(_Blocks))
         finally:
             writer.close()
         if target.overwrite:
@@ -139,7 +147,7 @@ def file_type(plan: FilePlan) -> int:
     bytes_of: dict[QuantType, int] = {}
     for tensor in plan.tensors:
         bytes_of[tensor.quant_type] = bytes_of.get(tensor.quant_type, 0) + tensor.n_bytes
-    main = max(bytes_of, key=lambda t: (bytes_of[t], t))
+    main = max(bytes_of, key=lambda t: (bytes_of[t], t), default=QuantType.F32)
     for name in (f"MOSTLY_{main.name}", f"MOSTLY_{main.name}_M", f"MOSTLY_{main.name}_S", f"ALL_{main.name}"):
         if name in gguf.LlamaFileType.__members__:
             return int(gguf.LlamaFileType[name])
