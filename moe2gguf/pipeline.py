@@ -233,13 +233,13 @@ def fit_budget(
     if stats is None:
         return best(tensor_bytes), None
     # the header grows with the number of groups, which only an allocation tells
-    for _ in range(4):
+    for _ in range(8):
         allocation = best(tensor_bytes)
         plan = plan_file(source, table, allocation, stats)
         total = file_bytes(source, plan, provenance(source, stats, allocation))
         if total <= budget.size_bytes:
             return allocation, plan
-        tensor_bytes -= total - budget.size_bytes
+        tensor_bytes = allocation.tensor_bytes - (total - budget.size_bytes)
     raise BudgetError(f"no allocation makes a file of at most {budget.size_bytes:,} bytes; raise --size")
 
 
