@@ -105,12 +105,12 @@ def _together(*options: Callable) -> Callable:
 
 _existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-model_options = _together(
-    click.argument("model"),
+naming_options = _together(
     click.option("--model-name", help="Name to write, instead of the one derived from the checkpoint."),
     click.option("--metadata", type=_existing_file, help="JSON that overrides authorship metadata."),
     click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer, where it cannot be recognised."),
 )
+model_options = _together(click.argument("model"), naming_options)
 calibration_options = _together(
     click.option(
         "--text",
@@ -389,15 +389,20 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", "model", required=True, help="The checkpoint: a folder, a Hub id, or demo.")
-@click.option("--pre-tokenizer", help="As for convert.")
-def verify(file: Path, model: str, pre_tokenizer: str | None) -> None:
-    """Decode every tensor of FILE and compare it with the checkpoint."""
+@naming_options
+def verify(file: Path, model: str, **options: Any) -> None:
+    """Decode every tensor of FILE and compare it with the checkpoint; exit code 1 if anything is wrong.
+
+    Give the names and metadata that the file was converted with.
+    """
     from moe2gguf.verify import render_verification, verify_file
 
-    source = _open(model, {"pre_tokenizer": pre_tokenizer})
+    source = _open(model, options)
     with progress_display() as progress:
         report = verify_file(file, source, progress=lambda done, total, name: progress(f"verify {name}", done, total))
     console.print(render_verification(report))
+    if not report.ok:
+        raise Moe2ggufError(f"{file} does not hold what {model} does: {len(report.problems)} problems, listed above")
 
 
 @main.command()
