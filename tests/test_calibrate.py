@@ -289,6 +289,8 @@ def test_only_the_same_request_is_answered_from_the_file(
             f"the statistics in {tmp_path / 'work/stats.safetensors'} answer another request: calibrating anew"
         ]
         assert notes(other)[1][0].startswith("using the statistics")
+    notes()
+    assert notes()[1][0].startswith("using the statistics")
     text.write_text(small_text.read_text()[5:])  # the same name, other words
     assert "another request" in notes()[1][0]
     another_model = open_source(tiny("qwen3_moe", **SMALL, n_experts=4))
