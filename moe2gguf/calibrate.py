@@ -8,14 +8,13 @@ J candidate types, n tokens of one expert or of a sample.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from moe2gguf.capture import LayerCapture, MatrixCapture, layer_sample, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
-from moe2gguf.ggml import QuantType
+from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.measure import Measure
 from moe2gguf.probes import Probes
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
@@ -53,7 +52,7 @@ def calibrate(
     importance: dict[str, np.ndarray] = {}
     error_EJ: dict[str, np.ndarray] = {}
 
-    with ThreadPoolExecutor(n_threads) as pool:
+    with encoding_threads(n_threads) as pool:
         measure = Measure(types, pool)
         probes = Probes(stream, pool, batch_sequences, tokens_SL[:n_probe_sequences])
         embedding_VD = stream.embedding_VD.numpy()

@@ -8,6 +8,9 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -62,6 +65,16 @@ def _library() -> ctypes.CDLL:
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
+
+
+@contextmanager
+def encoding_threads(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose queue is dropped when something fails: after Ctrl-C nobody waits for a layer's worth of jobs."""
+    pool = ThreadPoolExecutor(n_threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def block_shape(quant_type: QuantType) -> tuple[int, int]:

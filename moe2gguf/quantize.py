@@ -132,7 +132,7 @@ def encode_tensors(
     plan: FilePlan, n_threads: int, progress: Callable[[str, int, int], None]
 ) -> Iterator[tuple[TensorPlan, np.ndarray]]:
     """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ggml.encoding_threads(n_threads) as pool:
         weight: np.ndarray | None = None
         for done, tensor in enumerate(plan.tensors):
             progress(tensor.name, done, len(plan.tensors))
