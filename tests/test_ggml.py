@@ -1,4 +1,5 @@
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
@@ -209,3 +210,24 @@ def test_missing_package_says_what_to_run(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(RuntimeMissing, match="moe2gguf runtime install"):
         ggml.library_folder()
+
+
+def test_a_failure_drops_the_queue():
+    """Ctrl-C among a thousand queued jobs waits for those that run, not for the rest."""
+    started: list[int] = []
+
+    def job(number: int) -> None:
+        started.append(number)
+        time.sleep(0.05)
+
+    def interrupted() -> None:
+        with ggml.encoding_threads(2) as pool:
+            for number in range(1000):
+                pool.submit(job, number)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(started) < 100
+    with ggml.encoding_threads(2) as pool:
+        assert [f.result() for f in [pool.submit(int, i) for i in range(9)]] == list(range(9))
