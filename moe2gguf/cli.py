@@ -215,7 +215,7 @@ def progress_display() -> Iterator[Callable[[str, int, int], None]]:
         said: list[str] = []
 
         def say(what: str, done: int, total: int) -> None:
-            stage = re.sub(r" (blk\.\d+\.|token_embd|output)\S*", "", what)
+            stage = re.sub(r" (blk\.\d+\.|token_embd|output)\S*", " tensors", what)
             if said[-1:] != [stage]:
                 said.append(stage)
                 click.echo(stage, err=True)
