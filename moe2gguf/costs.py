@@ -102,6 +102,13 @@ def cost_table(
         projection = _expert_projection(tensor.name)
         if not tensor.quantisable:
             fixed[tensor.name] = QuantType.F32
+        elif not any(ggml.fits(t, tensor.shape[-1]) for t in measured):
+            if projection is not None:
+                raise Moe2ggufError(
+                    f"{tensor.name} has {tensor.shape[-1]} columns; quantised types need a multiple of 32, so the "
+                    "experts of this model cannot be quantised"
+                )
+            fixed[tensor.name] = UNMEASURED_TYPES[-1]
         elif projection is not None and (layer := layer_of(tensor.name)) is not None:
             experts.setdefault((layer, projection), []).append(tensor)
         elif module_of is None or tensor.name in module_of:

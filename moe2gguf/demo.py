@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import search
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -259,19 +260,26 @@ def _cells(row: DemoRow) -> tuple[str, ...]:
         row.label,
         f"{row.file_bytes:,}",
         f"{row.bits_per_weight:.3f}",
-        f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
+        f"{row.perplexity:.2f} ± {row.perplexity_error:.2f}",
         "" if row.kld_mean is None else f"{row.kld_mean:.4f} ± {row.kld_error:.4f}",
         "" if row.same_top is None else f"{row.same_top:.1%}",
     )
 
 
-_HEADERS = ("file", "bytes", "bits/weight", "perplexity", "mean KLD", "same top token")
+_HEADERS = ("file", "bytes", "bpw", "perplexity", "mean KLD", "same top")
 
 
 def render_demo(result: DemoResult) -> RenderableType:
-    table = Table(title=f"The demo model, moe2gguf {__version__}", title_justify="left", header_style="bold")
+    # narrow enough for 80 columns
+    table = Table(
+        title=f"The demo model, moe2gguf {__version__}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, header in enumerate(_HEADERS):
-        table.add_column(header, justify="right" if i else "left")
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in result.rows:
         table.add_row(*_cells(row))
     texts = Table.grid(padding=(0, 2))

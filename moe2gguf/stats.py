@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -94,12 +95,14 @@ def load_stats(path: Path) -> CalibrationStats:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})["moe2gguf"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if header["format"] == FORMAT_VERSION:
+            return _from_file(header, arrays)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise Moe2ggufError(f"{path} is not a statistics file of `moe2gguf calibrate` ({error})") from error
-    if header["format"] != FORMAT_VERSION:
-        raise Moe2ggufError(
-            f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}; calibrate again"
-        )
+    raise Moe2ggufError(f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}; calibrate again")
+
+
+def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> CalibrationStats:
     fields: dict[int, dict[str, np.ndarray]] = {}
     importance, errors = {}, {}
     for key, array in arrays.items():

@@ -211,7 +211,7 @@ def _check(prefix: str, module: nn.Module) -> None:
             raise SourceError(f"the checkpoint lacks {prefix}{name}")
         # one reduction, no array of flags: a sum is finite only if all of it is
         if not torch.isfinite(parameter.sum()):
-            raise SourceError(f"{prefix}{name} holds NaN or infinite weights")
+            raise SourceError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is damaged")
 
 
 def _decode_mxfp4(slices: dict[str, Any]) -> dict[str, Any]:

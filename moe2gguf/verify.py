@@ -272,7 +272,9 @@ class _Comparison:
 
     def _decode(self, part: GgufTensor, blocks: np.ndarray) -> np.ndarray | None:
         try:
-            decoded = gguf.quants.dequantize(np.ascontiguousarray(blocks), part.type)
+            # what is not finite is reported, not warned of
+            with np.errstate(all="ignore"):
+                decoded = gguf.quants.dequantize(np.ascontiguousarray(blocks), part.type)
         except NotImplementedError:
             decoded = None
         if decoded is None or error_limit(part.type) is None:

@@ -26,7 +26,7 @@ def test_the_caption_compares_grouped_with_llama_quantize():
     assert "grouped has 0.50 times that of llama-quantize Q, in 10.0% fewer bytes" in caption(result)
     out = io.StringIO()
     Console(file=out, width=150).print(render_demo(result))
-    for expected in ("0.0300 ± 0.0010", "30.000 ± 0.500", "87.5%", "1,020 predictions", "harbour and it was"):
+    for expected in ("0.0300 ± 0.0010", "30.00 ± 0.50", "87.5%", "1,020 predictions", "harbour and it was"):
         assert expected in out.getvalue()
 
 
