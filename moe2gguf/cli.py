@@ -350,7 +350,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
     choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
     table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
     allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
-    pipeline.report_allocation(source, table, stats, allocation, budget, choice, _note)
+    pipeline.report_allocation(source, table, stats, allocation, choice, _note)
     save_allocation(allocation, outfile)
     click.echo(
         f"{allocation.bits_per_weight:.3f} bits per weight, predicted KL {allocation.predicted_kl:.4f}: {outfile}"

@@ -124,7 +124,7 @@ def convert(
     stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
     table = cost_table(source, stats, types=types, overrides=overrides)
     allocation, plan = fit_budget(source, stats, table, budget, choice)
-    report_allocation(source, table, stats, allocation, budget, choice, note)
+    report_allocation(source, table, stats, allocation, choice, note)
     assert plan is not None
     paths = _write(source, plan, provenance(source, stats, allocation), target, threads, progress)
     return ConvertResult(tuple(paths), allocation, work / "stats.safetensors", work / "calibration.txt")
@@ -248,7 +248,6 @@ def report_allocation(
     table: CostTable,
     stats: CalibrationStats,
     allocation: Allocation,
-    budget: Budget,
     choice: Choice,
     note: Note,
 ) -> None:
