@@ -40,7 +40,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dependencies
+# mypy needs the gguf of the runtime's tree, newer than the registry's of the same version
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -64,7 +64,6 @@ class ConversionPlan:
     disk_bytes: int
     calibration_seconds: float
     quantise_seconds: float
-    n_unmeasured: int
     cold_experts: int | None  # None without statistics
 
 
@@ -122,7 +121,6 @@ def make_plan(
         + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
         quantise_seconds=source.n_params / encode_rate,
-        n_unmeasured=sum(t != QuantType.F32 for t in table.fixed.values()),
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),
