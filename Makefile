@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # where the CPU build of torch is; the package registry's own build is taken when this is empty or out of reach
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# where the patched sources are edited
+PATCHED ?= build/llama.cpp
+
 .PHONY: help setup runtime demo test check patches-apply patches-refresh clean
 
 help:
@@ -15,8 +18,8 @@ help:
 	@echo "make check            ruff and mypy"
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
-	@echo "make patches-apply    unpack the pinned sources and apply the patch series, to edit them"
-	@echo "make patches-refresh  write the patches anew from the edited sources"
+	@echo "make patches-apply    unpack the pinned sources into $(PATCHED), one commit per patch, to edit them"
+	@echo "make patches-refresh  write the patches anew from the commits there"
 	@echo "make clean            remove $(VENV) and what make demo wrote (not the runtime cache)"
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
@@ -46,11 +49,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-patches-apply:
-	scripts/patches-apply
+patches-apply: $(VENV)/.dependencies
+	$(BIN)/python scripts/patches-apply $(PATCHED)
 
-patches-refresh:
-	scripts/patches-refresh
+patches-refresh: $(VENV)/.dependencies
+	$(BIN)/python scripts/patches-refresh $(PATCHED)
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -118,7 +118,7 @@ def calibrate(
 
 
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:
-    """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE; ALGORITHMS 1.1)."""
+    """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE, arXiv 2410.06270)."""
     x_TD, ids_TK, gates_TK = capture.routed()
     n_experts, n_selected = block.n_experts, ids_TK.shape[1]
     probability_TE = torch.softmax(x_TD @ block.router_ED.T, dim=-1)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
 
-# tokens' worth of belief in the layer's average where an expert's own tokens are few (ALGORITHMS: n₀ of the shrinkage)
+# tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 FORMAT_VERSION = 1
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
