@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import search
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -155,7 +154,7 @@ def run_demo(
         n_threads=n_threads,
         progress=lambda done, total, _: progress("perplexity and KL divergence", done, total),
     )
-    labels = ["BF16", "moe2gguf, grouped", "moe2gguf, stock", f"llama-quantize {preset}"]
+    labels = ["BF16", "grouped", "stock", f"llama-quantize {preset}"]
     rows = []
     for i, (label, path) in enumerate(zip(labels, [base, *candidates], strict=True)):
         progress("text by each model", i, len(labels))
@@ -274,9 +273,9 @@ def render_demo(result: DemoResult) -> RenderableType:
     table = Table(
         title=f"The demo model, moe2gguf {__version__}",
         title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        header_style="bold",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     for i, header in enumerate(_HEADERS):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
