@@ -54,14 +54,15 @@ class Allocation:
         return self.tensor_bytes * 8 / self.n_params
 
 
-def allocate(table: CostTable, budget_bytes: int, *, layout: str, max_groups: int = MAX_GROUPS) -> Allocation:
+def allocate(table: CostTable, budget_bytes: int, *, max_groups: int = MAX_GROUPS) -> Allocation:
     """The cheapest allocation whose tensors take at most budget_bytes. Raises BudgetError outside what is reachable."""
-    rows = _rows(table, shared=layout == "stock" or max_groups == 1)
+    shared = table.layout == "stock" or max_groups == 1
+    rows = _rows(table, shared=shared)
     cost_UJ = np.array([table.cost_UJ[row].sum(0) for row in rows])
     bytes_UJ = np.array([table.bytes_UJ[row].sum(0) for row in rows])
     available = budget_bytes - table.fixed_bytes
     _check_reachable(table, cost_UJ, bytes_UJ, budget_bytes)
-    if layout == "stock" or max_groups == 1:
+    if shared:
         blocks: list[tuple[np.ndarray, np.ndarray]] = []
     else:
         blocks = _expert_blocks(table)
@@ -70,7 +71,7 @@ def allocate(table: CostTable, budget_bytes: int, *, layout: str, max_groups: in
     chosen = {table.units[member].name: table.types[j] for row, j in zip(rows, choice_U, strict=True) for member in row}
     picked = np.arange(len(rows)), choice_U
     return Allocation(
-        layout=layout,
+        layout=table.layout,
         types={unit.name: chosen[unit.name] for unit in table.units},
         fixed=table.fixed,
         budget_bytes=budget_bytes,
@@ -81,9 +82,9 @@ def allocate(table: CostTable, budget_bytes: int, *, layout: str, max_groups: in
     )
 
 
-def reachable_bytes(table: CostTable, *, layout: str) -> tuple[int, int]:
+def reachable_bytes(table: CostTable) -> tuple[int, int]:
     """Fewest and most bytes of tensors that any allocation can take."""
-    rows = _rows(table, shared=layout == "stock")
+    rows = _rows(table, shared=table.layout == "stock")
     return _extremes(
         np.array([table.cost_UJ[row].sum(0) for row in rows]),
         np.array([table.bytes_UJ[row].sum(0) for row in rows]),

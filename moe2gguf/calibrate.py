@@ -42,7 +42,7 @@ def calibrate(
     seed: int,
     progress: Progress,
 ) -> CalibrationStats:
-    """Runs all of the text through the model once, and its first n_probe_tokens through the probes."""
+    """Runs all of the text through the model once, and n_probe_tokens of it through the probes."""
     tokens_SL = torch.from_numpy(text.tokens_SL)
     n_sequences, length = tokens_SL.shape
     rng = np.random.default_rng(seed)
@@ -51,10 +51,13 @@ def calibrate(
     layers: dict[int, ExpertStats] = {}
     importance: dict[str, np.ndarray] = {}
     error_EJ: dict[str, np.ndarray] = {}
+    gate_share_EJ: dict[str, np.ndarray] = {}
 
     with encoding_threads(n_threads) as pool:
         measure = Measure(types, pool)
-        probes = Probes(stream, pool, batch_sequences, tokens_SL[:n_probe_sequences])
+        # spread over the text, which may be several files of different kinds
+        probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
+        probes = Probes(stream, pool, batch_sequences, tokens_SL[probed])
         embedding_VD = stream.embedding_VD.numpy()
         share_V = np.bincount(text.tokens_SL.ravel(), minlength=len(embedding_VD)) / text.tokens_SL.size
         error_EJ["embed_tokens"] = measure.embedding(embedding_VD, share_V, rng)
@@ -82,7 +85,8 @@ def calibrate(
                 if block is not None:
                     stats = expert_statistics(block, capture, n_sequences)
                     layers[index] = stats
-                    error_EJ[f"layers.{index}.gate_up"], error_EJ[f"layers.{index}.down"] = measure.experts(
+                    gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
+                    error_EJ[gate_up], error_EJ[down], gate_share_EJ[gate_up] = measure.experts(
                         block, capture, stats, rng, lambda done, total: step("errors", done, total)
                     )
                     probes.branch_experts(index, layer, block, stats)
@@ -110,7 +114,10 @@ def calibrate(
         importance=importance,
         errors={
             name: MatrixErrors(
-                error_EJ[name], tuple(p.quant_type for p in kls), np.array([p.kl for p in kls], np.float64)
+                error_EJ[name],
+                tuple(p.quant_type for p in kls),
+                np.array([p.kl for p in kls], np.float64),
+                gate_share_EJ.get(name),
             )
             for name, kls in found.items()
         },

@@ -348,7 +348,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
     source, stats = _open(model, options), load_stats(stats_path)
     budget = _budget(options)
     choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
-    table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
+    table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
     pipeline.report_allocation(source, table, stats, allocation, choice, _note)
     save_allocation(allocation, outfile)

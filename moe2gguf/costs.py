@@ -1,6 +1,7 @@
 """Statistics to a cost table: for every unit and type, the predicted rise of the model's KL divergence, and the bytes.
 
 A unit is what gets one type: the gate and up matrices of one expert, its down matrix, or one matrix beside the experts.
+The stock layout keeps gate and up apart: no order of experts ties them there.
 Its cost is its measured output error times the layer's sensitivity, KL per error, which the probes gave; so costs are
 nats per token wherever they sit in the model, and add up.
 
@@ -62,13 +63,14 @@ class Unit:
     n_rows: int  # over all its tensors
     n_columns: int
     layer: int | None = None
-    projection: str | None = None  # "gate_up" | "down" for experts
+    projection: str | None = None  # "gate_up" | "down" for experts; "gate" | "up" in the stock layout
     expert: int | None = None
     importance: str | None = None  # name in CalibrationStats.importance, beside the experts
 
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
+    layout: str  # "grouped" | "stock": what the units are good for
     types: tuple[QuantType, ...]
     units: tuple[Unit, ...]
     cost_UJ: np.ndarray  # f64, nats per token; inf where the type is not allowed
@@ -79,14 +81,22 @@ class CostTable:
     small_block_units: tuple[str, ...]  # units whose columns only fit blocks of 32
 
 
+def reorderable(source: Source) -> bool:
+    """Whether experts may change places. Routers that first choose among groups of neighbours, or look expert ids up in
+    a table, depend on the order."""
+    return source.n_expert_groups <= 1 and not any("tid2eid" in tensor.name for tensor in source.tensors)
+
+
 def cost_table(
     source: Source,
     stats: CalibrationStats | None,
     *,
+    layout: str = "grouped",
     types: tuple[QuantType, ...] | None = None,
     overrides: tuple[tuple[str, QuantType], ...] = (),
 ) -> CostTable:
     """types narrows the candidates; overrides (regular expression, type) pin every tensor whose name they match.
+    Where experts may not change places the layout is stock, whatever was asked for.
 
     Without statistics the bytes are exact and the costs a rule of thumb: good for what is reachable, not for a file.
     Raises Moe2ggufError if the statistics belong to another model, or a pinned type does not fit.
@@ -94,12 +104,13 @@ def cost_table(
     if stats is not None and stats.source_sha256 != source_digest(source):
         raise Moe2ggufError(f"the statistics were made on another model than {source.path}; calibrate again")
     measured = CANDIDATES if stats is None else stats.types
+    layout = layout if reorderable(source) else "stock"
     module_of = None if stats is None else _module_names(source, stats)
     units: list[Unit] = []
     fixed: dict[str, QuantType] = {}
     experts: dict[tuple[int, str], list[SourceTensor]] = {}
     for tensor in source.tensors:
-        projection = _expert_projection(tensor.name)
+        projection = _expert_projection(tensor.name, layout)
         if not tensor.quantisable:
             fixed[tensor.name] = QuantType.F32
         elif not any(ggml.fits(t, tensor.shape[-1]) for t in measured):
@@ -131,6 +142,7 @@ def cost_table(
     _restrict(cost_UJ, units, measured, types, overrides)
     shapes = {tensor.name: tensor.shape for tensor in source.tensors}
     return CostTable(
+        layout=layout,
         types=measured,
         units=tuple(units),
         cost_UJ=cost_UJ,
@@ -157,10 +169,16 @@ def _unit_costs_J(unit: Unit, module_of: dict[str, str] | None, stats: Calibrati
             # tied: the same bytes are looked up and multiplied with
             cost_J = cost_J + _costs_EJ(stats.errors["lm_head"], stats.types)[0]
         return cost_J
-    name = f"layers.{unit.layer}.{unit.projection}"
+    name = f"layers.{unit.layer}.{'down' if unit.projection == 'down' else 'gate_up'}"
     if name not in stats.errors:
         raise Moe2ggufError(f"the statistics have no experts in layer {unit.layer}; calibrate again")
-    return _costs_EJ(stats.errors[name], stats.types)[unit.expert]
+    errors = stats.errors[name]
+    cost_J = _costs_EJ(errors, stats.types)[unit.expert]
+    if unit.projection in ("gate", "up"):
+        assert errors.gate_share_EJ is not None
+        share_J = errors.gate_share_EJ[unit.expert]
+        cost_J = cost_J * (share_J if unit.projection == "gate" else 1 - share_J)
+    return cost_J
 
 
 def source_digest(source: Source) -> str:
@@ -171,9 +189,11 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _expert_projection(name: str) -> str | None:
+def _expert_projection(name: str, layout: str) -> str | None:
     match = re.search(r"\.ffn_(gate|up|gate_up|down)_exps\.weight$", name)
-    return None if match is None else "down" if match[1] == "down" else "gate_up"
+    if match is None:
+        return None
+    return match[1] if layout == "stock" or match[1] == "down" else "gate_up"
 
 
 def _role(name: str) -> str:
@@ -224,15 +244,25 @@ def _expert_unit(layer: int, projection: str, expert: int, tensors: list[SourceT
 
 
 def _costs_EJ(errors: MatrixErrors, types: tuple[QuantType, ...]) -> np.ndarray:
-    """Errors times sensitivity. Between two probes the sensitivity is interpolated in the logarithm of the error."""
+    """Errors times sensitivity, which between probes is interpolated in the logarithm of the error.
+
+    Below the smallest error probed the trend goes on, within reason: small errors still tip close choices of experts,
+    and those are as many as the error's amplitude is large, not its square, so that KL per error grows, at most by its
+    root. Above the largest one the sensitivity stays what it is.
+    """
     total_J = errors.error_EJ.sum(0)
     probe_error = np.array([total_J[types.index(t)] for t in errors.probe_types])
     # a probe can come out at zero or below by rounding, where the matrix hardly matters
     sensitivity = np.maximum(errors.probe_kl, 1e-9) / np.maximum(probe_error, 1e-30)
     order = np.argsort(probe_error)
+    log_error, log_sensitivity = np.log(np.maximum(probe_error, 1e-30))[order], np.log(sensitivity)[order]
     with np.errstate(divide="ignore"):
-        sensitivity_J = np.exp(np.interp(np.log(total_J), np.log(probe_error[order]), np.log(sensitivity[order])))
-    return errors.error_EJ * np.where(np.isfinite(total_J), sensitivity_J, 1.0)
+        log_total_J = np.maximum(np.log(total_J), np.log(1e-30))
+    log_sensitivity_J = np.interp(log_total_J, log_error, log_sensitivity)
+    if len(order) > 1 and log_error[1] > log_error[0]:
+        slope = np.diff(log_sensitivity)[0] / np.diff(log_error)[0]
+        log_sensitivity_J += np.clip(slope, -0.5, 0) * np.minimum(log_total_J - log_error[0], 0)
+    return errors.error_EJ * np.where(np.isfinite(total_J), np.exp(log_sensitivity_J), 1.0)
 
 
 def _restrict(

@@ -54,8 +54,9 @@ class Measure:
         stats: ExpertStats,
         rng: np.random.Generator,
         progress: Callable[[int, int], None],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """-> gate_up and down, (E, J) each: the expert's share of the block's mean squared output error per token."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> gate_up and down, (E, J) each: the expert's share of the block's mean squared output error per token; and,
+        of the errors of gate and of up, each alone, the part that is gate's, (E, J)."""
         x_TD, ids_TK, gates_TK = capture.routed()
         sample_nD, probability_nE = layer_sample(block, x_TD)
         jobs = {}
@@ -75,11 +76,11 @@ class Measure:
                 jobs[expert, j] = self.pool.submit(
                     _expert_errors, block, expert, quant_type, x_nD, weight_n, rows_I, rows_D, stats
                 )
-        gate_up_EJ, down_EJ = np.empty((2, block.n_experts, len(self.types)))
+        gate_up_EJ, down_EJ, gate_share_EJ = np.empty((3, block.n_experts, len(self.types)))
         for done, ((expert, j), job) in enumerate(jobs.items()):
             progress(done, len(jobs))
-            gate_up_EJ[expert, j], down_EJ[expert, j] = job.result()
-        return gate_up_EJ, down_EJ
+            gate_up_EJ[expert, j], down_EJ[expert, j], gate_share_EJ[expert, j] = job.result()
+        return gate_up_EJ, down_EJ, gate_share_EJ
 
 
 def _sample(rng: np.random.Generator, n: int, n_max: int) -> np.ndarray:
@@ -107,10 +108,11 @@ def _expert_errors(
     rows_I: np.ndarray,
     rows_D: np.ndarray,
     stats: ExpertStats,
-) -> tuple[float, float]:
-    """Error of the gate_up rows, through the activation and the down projection, and of the down rows."""
+) -> tuple[float, float, float]:
+    """Error of the gate_up rows, through the activation and the down projection, of the down rows, and gate's share."""
     importance_D, importance_I = stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert]
     gate_up_error = down_error = np.inf
+    gate_share = 0.5
     down_DI = block.down(expert)
     if ggml.fits(quant_type, len(importance_D)):
         rows = np.concatenate([rows_I, block.n_intermediate + rows_I])
@@ -119,12 +121,19 @@ def _expert_errors(
         gate_nI, up_nI = block.pre_activation(expert, x_nD)
         gate_nR, up_nR = gate_nI[:, rows_I], up_nI[:, rows_I]
         delta_gate_nR, delta_up_nR = (x_nD @ delta_RD.T).chunk(2, dim=-1)
-        delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - block.gated(gate_nR, up_nR)
-        column_sq_R = down_DI[:, rows_I].square().sum(0)
-        gate_up_error = float(weight_n @ delta_nR.square() @ column_sq_R) * block.n_intermediate / len(rows_I)
+        clean_nR = block.gated(gate_nR, up_nR)
+        column_sq_R = down_DI[:, rows_I].square().sum(0) * (block.n_intermediate / len(rows_I))
+
+        def error(changed_gate_nR: torch.Tensor, changed_up_nR: torch.Tensor) -> float:
+            delta_nR = block.gated(changed_gate_nR, changed_up_nR) - clean_nR
+            return float(weight_n @ delta_nR.square() @ column_sq_R)
+
+        gate_up_error = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
+        of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
+        gate_share = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
     if ggml.fits(quant_type, len(importance_I)):
         exact_RI = down_DI[rows_D].numpy()
         delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, importance_I) - exact_RI)
         delta_nR = block.activation(expert, x_nD) @ delta_RI.T
         down_error = float(weight_n @ delta_nR.square().sum(1)) * len(down_DI) / len(rows_D)
-    return gate_up_error, down_error
+    return gate_up_error, down_error, gate_share

@@ -20,7 +20,7 @@ from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
 from moe2gguf.llama import available_cores
-from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform, reorderable
+from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.sample import sample_text
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
@@ -117,12 +117,12 @@ def convert(
     work = work_folder or work_folder_for(source, target.path)
     # a budget out of reach and a target that cannot be written are found before the hours of work
     provisional, _ = fit_budget(
-        source, None, cost_table(source, None, types=types, overrides=overrides), budget, choice
+        source, None, cost_table(source, None, layout=layout, types=types, overrides=overrides), budget, choice
     )
     check_target(target, provisional.tensor_bytes)
 
     stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
-    table = cost_table(source, stats, types=types, overrides=overrides)
+    table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
     allocation, plan = fit_budget(source, stats, table, budget, choice)
     report_allocation(source, table, stats, allocation, choice, note)
     assert plan is not None
@@ -139,7 +139,7 @@ def write_allocation(
     progress: Progress = no_progress,
 ) -> list[Path]:
     """The file of an allocation made before."""
-    table = cost_table(source, stats)
+    table = cost_table(source, stats, layout=allocation.layout)
     if (
         allocation.source_sha256 != source_digest(source)
         or set(allocation.types) != {unit.name for unit in table.units}
@@ -216,11 +216,10 @@ def fit_budget(
     source: Source, stats: CalibrationStats | None, table: CostTable, budget: Budget, choice: Choice
 ) -> tuple[Allocation, FilePlan | None]:
     """The best allocation within the budget, and the plan of its file (none without statistics)."""
-    layout = choice.layout if reorderable(source) else "stock"
 
     def best(tensor_bytes: int) -> Allocation:
         return dataclasses.replace(
-            allocate(table, tensor_bytes, layout=layout, max_groups=choice.max_groups),
+            allocate(table, tensor_bytes, max_groups=choice.max_groups),
             source_sha256=source_digest(source),
             recipe=_recipe(budget, choice, stats),
         )

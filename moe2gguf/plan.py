@@ -83,7 +83,7 @@ def make_plan(
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = outfile_for(source, outfile, budget)
     stats = statistics_at_hand(source, calibration, work_folder or work_folder_for(source, target))
-    table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
+    table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     allocation, _ = fit_budget(source, stats, table, budget, choice)
     matrix_flops, encode_rate = _speeds()
     n_tokens = calibration.n_sequences * calibration.sequence_tokens
@@ -107,7 +107,7 @@ def make_plan(
         outfile=target,
         allocation=allocation,
         measured=stats is not None,
-        reachable_bytes=reachable_bytes(table, layout=choice.layout),
+        reachable_bytes=reachable_bytes(table),
         roles=_roles(source, table, allocation),
         calibration_ram_bytes=int(
             BASE_BYTES

@@ -60,12 +60,6 @@ class FilePlan:
         return any(".g0." in tensor.name for tensor in self.tensors)
 
 
-def reorderable(source: Source) -> bool:
-    """Whether experts may change places. Routers that first choose among groups of neighbours, or look expert ids up in
-    a table, depend on the order."""
-    return source.n_expert_groups <= 1 and not any("tid2eid" in tensor.name for tensor in source.tensors)
-
-
 def plan_file(source: Source, table: CostTable, allocation: Allocation, stats: CalibrationStats) -> FilePlan:
     """Which tensors the file will hold: experts in runs of one type, everything else as it is."""
     units_of: dict[str, list[Unit]] = {}
@@ -78,7 +72,8 @@ def plan_file(source: Source, table: CostTable, allocation: Allocation, stats: C
             types.setdefault((unit.layer, unit.projection), []).append(allocation.types[unit.name])
     orders: dict[int | None, np.ndarray] = {}
     for index in sorted(stats.layers):
-        gate_up, down = types[index, "gate_up"], types[index, "down"]
+        # the stock layout has no gate_up, or one type of it
+        gate_up, down = types.get((index, "gate_up"), []), types[index, "down"]
         if len({*gate_up}) > 1 or len({*down}) > 1:
             orders[index] = expert_order(gate_up, down)
     plans: list[TensorPlan] = []

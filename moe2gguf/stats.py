@@ -18,7 +18,7 @@ from moe2gguf.ggml import QuantType
 
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
 
 
@@ -45,6 +45,8 @@ class MatrixErrors:
     error_EJ: np.ndarray  # f64: mean squared output error per token; E is 1 beside the experts
     probe_types: tuple[QuantType, ...]
     probe_kl: np.ndarray  # f64: mean KL in nats per token with the whole projection at each probe type
+    # f64: of gate's and up's errors, each alone, the part that is gate's; for gate_up only
+    gate_share_EJ: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ def save_stats(stats: CalibrationStats, path: Path) -> None:
     for name, errors in stats.errors.items():
         arrays[f"error/{name}"], arrays[f"probe/{name}"] = errors.error_EJ, errors.probe_kl
         probe_types[name] = [t.name for t in errors.probe_types]
+        if errors.gate_share_EJ is not None:
+            arrays[f"gate_share/{name}"] = errors.gate_share_EJ
     header = {
         "format": FORMAT_VERSION,
         "types": [t.name for t in stats.types],
@@ -114,7 +118,7 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
             importance[name] = array
         elif kind == "error":
             probe_types = tuple(QuantType[t] for t in header["probe_types"][name])
-            errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"])
+            errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"], arrays.get(f"gate_share/{name}"))
     return CalibrationStats(
         types=tuple(QuantType[t] for t in header["types"]),
         layers={index: ExpertStats(**layer) for index, layer in sorted(fields.items())},

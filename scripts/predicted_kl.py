@@ -37,16 +37,19 @@ class Row:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--calibration-text", type=click.Path(exists=True, path_type=Path), multiple=True)
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="Held-out text [default: CPython's own].")
+@click.option("--probe-tokens", default=16384, show_default=True)
 @click.option("--bits", default="2.3125,2.5625,2.8,3.0625", show_default=True, help="Bits per expert weight.")
-def main(model: str, folder: Path, calibration_text: tuple[Path, ...], text: Path | None, bits: str) -> None:
+def main(
+    model: str, folder: Path, calibration_text: tuple[Path, ...], text: Path | None, probe_tokens: int, bits: str
+) -> None:
     source = open_source(model)
-    calibration = pipeline.Calibration(text_paths=calibration_text)
+    calibration = pipeline.Calibration(text_paths=calibration_text, n_probe_tokens=probe_tokens)
     n_threads = available_cores()
     stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=n_threads, note=click.echo)
     base = pipeline.write_float(model, folder / "base.gguf", ftype="bf16")
 
     def build(name: str, expert_bits: float, choice: pipeline.Choice) -> Row:
-        table = cost_table(source, stats, types=choice.types, overrides=choice.overrides)
+        table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
         n_expert_params = sum(u.n_rows * u.n_columns for u in table.units if u.expert is not None)
         q8_0 = table.types.index(QuantType.Q8_0)
         others = sum(int(table.bytes_UJ[i, q8_0]) for i, u in enumerate(table.units) if u.expert is None)

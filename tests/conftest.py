@@ -12,6 +12,8 @@ from moe2gguf.errors import RuntimeMissing
 from moe2gguf.ggml import QuantType
 from moe2gguf.pipeline import Calibration, ConvertResult, convert
 from moe2gguf.runtime import find_runtime
+from moe2gguf.source import Source, open_source
+from moe2gguf.stats import CalibrationStats, load_stats
 from tests.tiny_moe import CORPUS, make_tiny
 
 N_EXPERTS = 6
@@ -108,3 +110,13 @@ def converted(
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def source(converted) -> Source:
+    return open_source(converted("qwen3_moe").folder)
+
+
+@pytest.fixture(scope="session")
+def stats(converted) -> CalibrationStats:
+    return load_stats(converted("qwen3_moe").work / "stats.safetensors")

@@ -37,6 +37,7 @@ def make_table(
     noise: float = 0.1,  # of costs between the types of one unit
     rows: int = 64,
     fixed_bytes: int = 0,
+    layout: str = "grouped",
 ) -> CostTable:
     units = [Unit(f"m{i}", (f"m{i}",), "attention", rows * (1 + i % 3), COLUMNS) for i in range(n_matrices)]
     units += [
@@ -48,6 +49,7 @@ def make_table(
     shape = len(units), len(types)
     bpw_J = np.array([ggml.bits_per_weight(t) for t in types])
     return CostTable(
+        layout=layout,
         types=types,
         units=tuple(units),
         cost_UJ=np.exp(spread * rng.standard_normal((shape[0], 1)) + noise * rng.standard_normal(shape)) * 4**-bpw_J,
@@ -59,8 +61,13 @@ def make_table(
     )
 
 
-def random_budget(table: CostTable, rng: np.random.Generator, layout: str = "grouped") -> int:
-    low, high = reachable_bytes(table, layout=layout)
+def with_layout(table: CostTable, layout: str) -> CostTable:
+    """The same units and costs; gate and up stay one unit."""
+    return dataclasses.replace(table, layout=layout)
+
+
+def random_budget(table: CostTable, rng: np.random.Generator) -> int:
+    low, high = reachable_bytes(table)
     return int(rng.integers(low, high + 1))
 
 
@@ -108,7 +115,7 @@ def test_brute_force(max_groups):
     for _ in range(25):
         table = make_table(rng)
         budget = random_budget(table, rng)
-        allocation = allocate(table, budget, layout="grouped", max_groups=max_groups)
+        allocation = allocate(table, budget, max_groups=max_groups)
         optimum = best_by_brute_force(table, budget, few_enough)
         assert totals(table, allocation) == (pytest.approx(allocation.predicted_kl), allocation.tensor_bytes)
         assert allocation.tensor_bytes <= budget
@@ -129,9 +136,9 @@ def test_brute_force(max_groups):
 def test_stock_layout_by_brute_force():
     rng = np.random.default_rng(5)
     for _ in range(25):
-        table = make_table(rng)
+        table = make_table(rng, layout="stock")
         budget = random_budget(table, rng)
-        allocation = allocate(table, budget, layout="stock")
+        allocation = allocate(table, budget)
         optimum = best_by_brute_force(table, budget, lambda *projections: all(len({*p}) == 1 for p in projections))
         assert allocation.predicted_kl == pytest.approx(optimum, rel=2e-4)
         assert allocation.lower_bound_kl <= optimum * (1 + 1e-9)
@@ -140,9 +147,9 @@ def test_stock_layout_by_brute_force():
 
 def test_stock_has_one_type_per_layer_and_projection():
     table = make_table(np.random.default_rng(0), n_layers=3, n_experts=8, n_matrices=6, spread=2.0)
-    budget = sum(reachable_bytes(table, layout="stock")) // 2
-    stock, grouped = (allocate(table, budget, layout=layout) for layout in ("stock", "grouped"))
-    one_group = allocate(table, budget, layout="grouped", max_groups=1)
+    budget = sum(reachable_bytes(with_layout(table, "stock"))) // 2
+    stock, grouped = (allocate(with_layout(table, layout), budget) for layout in ("stock", "grouped"))
+    one_group = allocate(table, budget, max_groups=1)
     for layer, projection in product(range(3), ("gate_up", "down")):
         assert len({*types_of(table, stock, projection, layer)}) == 1
     assert any(len({*types_of(table, grouped, "down", layer)}) > 1 for layer in range(3))
@@ -153,12 +160,18 @@ def test_stock_has_one_type_per_layer_and_projection():
 @pytest.mark.parametrize("layout", ["grouped", "stock"])
 def test_more_budget_never_costs_more(layout):
     table = make_table(
-        np.random.default_rng(1), n_layers=3, n_experts=8, n_matrices=9, types=CANDIDATES[:12], fixed_bytes=4096
+        np.random.default_rng(1),
+        n_layers=3,
+        n_experts=8,
+        n_matrices=9,
+        types=CANDIDATES[:12],
+        fixed_bytes=4096,
+        layout=layout,
     )
-    low, high = reachable_bytes(table, layout=layout)
+    low, high = reachable_bytes(table)
     before = np.inf
     for budget in np.linspace(low, high, 60).astype(int):
-        allocation = allocate(table, int(budget), layout=layout)
+        allocation = allocate(table, int(budget))
         assert allocation.tensor_bytes <= budget
         assert allocation.lower_bound_kl <= allocation.predicted_kl
         # each run may miss the optimum by the solver's gap and the choice of sets, far less than a step gains
@@ -170,7 +183,7 @@ def test_budgets_are_used_up():
     """Within 0.5 %, in between the ends, where the bytes of the cheapest type do not already suffice."""
     table = make_table(np.random.default_rng(2), n_layers=4, n_experts=16, n_matrices=12, types=CANDIDATES[:12])
     for bits in (2.1, 2.54, 3.0, 3.7, 4.5, 5.5):
-        allocation = allocate(table, int(bits * table.n_params / 8), layout="grouped")
+        allocation = allocate(table, int(bits * table.n_params / 8))
         assert 0.995 <= allocation.tensor_bytes / allocation.budget_bytes <= 1
         assert allocation.bits_per_weight == pytest.approx(bits, rel=0.005)
         assert allocation.predicted_kl <= 1.01 * allocation.lower_bound_kl
@@ -181,23 +194,23 @@ def test_a_byte_less_is_kept():
     rng = np.random.default_rng(3)
     for _ in range(20):
         table = make_table(rng, n_experts=4, n_matrices=3)
-        exact = allocate(table, random_budget(table, rng), layout="grouped").tensor_bytes
-        if exact > reachable_bytes(table, layout="grouped")[0]:
-            assert allocate(table, exact - 1, layout="grouped").tensor_bytes < exact
-        assert allocate(table, exact, layout="grouped").tensor_bytes <= exact
+        exact = allocate(table, random_budget(table, rng)).tensor_bytes
+        if exact > reachable_bytes(table)[0]:
+            assert allocate(table, exact - 1).tensor_bytes < exact
+        assert allocate(table, exact).tensor_bytes <= exact
 
 
 @pytest.mark.parametrize("layout", ["grouped", "stock"])
 def test_both_ends(layout):
-    table = make_table(np.random.default_rng(4), n_layers=2, n_matrices=3, fixed_bytes=1000)
-    low, high = reachable_bytes(table, layout=layout)
+    table = make_table(np.random.default_rng(4), n_layers=2, n_matrices=3, fixed_bytes=1000, layout=layout)
+    low, high = reachable_bytes(table)
     assert low == 1000 + table.bytes_UJ.min(1).sum() and high == 1000 + table.bytes_UJ.max(1).sum()
-    assert {*allocate(table, low, layout=layout).types.values()} == {Q.IQ2_XXS}
-    highest = allocate(table, high, layout=layout)
+    assert {*allocate(table, low).types.values()} == {Q.IQ2_XXS}
+    highest = allocate(table, high)
     assert {*highest.types.values()} == {Q.Q4_K} and highest.tensor_bytes == high
     for budget, below in ((low - 1, True), (int(high * 1.006), False), (0, True)):
         with pytest.raises(BudgetError) as caught:
-            allocate(table, budget, layout=layout)
+            allocate(table, budget)
         text = str(caught.value)
         assert ("below the smallest" if below else "above the largest") in text
         for n_bytes in (budget, low, high):  # what was asked, and the range
@@ -208,32 +221,32 @@ def test_both_ends(layout):
 def test_ties():
     """All costs alike, and all nothing: any choice is best, and none may divide by zero."""
     table = make_table(np.random.default_rng(6), n_layers=2, n_matrices=2)
-    budget = sum(reachable_bytes(table, layout="grouped")) // 2
+    budget = sum(reachable_bytes(table)) // 2
     for cost in (1.0, 0.0):
         flat = dataclasses.replace(table, cost_UJ=np.full_like(table.cost_UJ, cost))
-        allocation = allocate(flat, budget, layout="grouped")
+        allocation = allocate(flat, budget)
         assert allocation.tensor_bytes <= budget
         assert allocation.predicted_kl == pytest.approx(cost * len(table.units))
         assert allocation.lower_bound_kl <= allocation.predicted_kl
     # identical experts: bytes alone decide how many get which
     alike = dataclasses.replace(table, cost_UJ=np.broadcast_to(table.cost_UJ[:1], table.cost_UJ.shape).copy())
-    allocation = allocate(alike, budget, layout="grouped")
+    allocation = allocate(alike, budget)
     assert allocation.tensor_bytes <= budget and allocation.predicted_kl <= 1.1 * allocation.lower_bound_kl
 
 
 @pytest.mark.parametrize("layout", ["grouped", "stock"])
 def test_infinite_costs_are_never_taken(layout):
     """A type that is not allowed, though it is the cheapest in bytes."""
-    table = make_table(np.random.default_rng(7), n_layers=2, n_matrices=3, types=CANDIDATES[:8])
+    table = make_table(np.random.default_rng(7), n_layers=2, n_matrices=3, types=CANDIDATES[:8], layout=layout)
     rng = np.random.default_rng(8)
     for u, unit in enumerate(table.units):
         if unit.expert is None:
             table.cost_UJ[u, rng.permutation(8)[:5]] = np.inf
         elif unit.layer == 0:
             table.cost_UJ[u, [0, 1, 5]] = np.inf
-    low, high = reachable_bytes(table, layout=layout)
+    low, high = reachable_bytes(table)
     for share in (0.0, 0.2, 0.6, 1.0):
-        allocation = allocate(table, int(low + share * (high - low)), layout=layout)
+        allocation = allocate(table, int(low + share * (high - low)))
         assert np.isfinite(totals(table, allocation)[0])
         assert allocation.tensor_bytes <= allocation.budget_bytes
 
@@ -243,18 +256,18 @@ def test_one_expert_rules_a_type_out_for_itself():
     table = make_table(np.random.default_rng(9), n_experts=6, types=CANDIDATES[:8])
     damaged = next(u for u, unit in enumerate(table.units) if unit.projection == "down" and unit.expert == 2)
     table.cost_UJ[damaged, :-1] = np.inf
-    low, high = reachable_bytes(table, layout="grouped")
+    low, high = reachable_bytes(table)
     for budget in (low, (low * 4 + high) // 5, high):
-        allocation = allocate(table, budget, layout="grouped")
+        allocation = allocate(table, budget)
         assert allocation.types[table.units[damaged].name] == table.types[-1]
         assert allocation.tensor_bytes <= budget
-    assert {*types_of(table, allocate(table, low, layout="grouped"), "down")} == {table.types[0], table.types[-1]}
+    assert {*types_of(table, allocate(table, low), "down")} == {table.types[0], table.types[-1]}
 
 
 def test_one_expert():
     table = make_table(np.random.default_rng(10), n_layers=2, n_experts=1, n_matrices=2)
-    budget = sum(reachable_bytes(table, layout="grouped")) // 2
-    grouped, stock = (allocate(table, budget, layout=layout) for layout in ("grouped", "stock"))
+    budget = sum(reachable_bytes(table)) // 2
+    grouped, stock = (allocate(with_layout(table, layout), budget) for layout in ("grouped", "stock"))
     assert grouped.predicted_kl == pytest.approx(stock.predicted_kl, rel=2e-4)
     assert expert_order([Q.Q4_K], [Q.Q6_K]).tolist() == [0]
 
@@ -265,9 +278,9 @@ def test_pinned_types_stay():
     for u, unit in enumerate(table.units):
         if unit.name == "m1" or (unit.layer, unit.projection) == (1, "down"):
             table.cost_UJ[u, [0, 1]] = np.inf
-    low, _ = reachable_bytes(table, layout="grouped")
+    low, _ = reachable_bytes(table)
     for layout in ("grouped", "stock"):
-        allocation = allocate(table, int(low * 1.05), layout=layout)
+        allocation = allocate(with_layout(table, layout), int(low * 1.05))
         assert allocation.types["m1"] == Q.Q4_K
         assert {*types_of(table, allocation, "down", 1)} == {Q.Q4_K}
 
@@ -294,7 +307,7 @@ def test_program_keeps_the_group_limit():
     seen = set()
     for max_groups in range(1, MAX_GROUPS + 1):
         for _ in range(4):
-            allocation = allocate(table, random_budget(table, rng), layout="grouped", max_groups=max_groups)
+            allocation = allocate(table, random_budget(table, rng), max_groups=max_groups)
             for layer in range(2):
                 gate_up, down = (types_of(table, allocation, p, layer) for p in ("gate_up", "down"))
                 order = expert_order(gate_up, down)
@@ -323,9 +336,9 @@ def test_an_order_within_one_type_is_the_checkpoints():
 
 def test_the_same_table_gives_the_same_allocation():
     table = make_table(np.random.default_rng(14), n_layers=2, n_experts=8, n_matrices=5, types=CANDIDATES[:12])
-    budget = sum(reachable_bytes(table, layout="grouped")) // 3
-    first = allocate(table, budget, layout="grouped")
-    assert allocate(table, budget, layout="grouped") == first
+    budget = sum(reachable_bytes(table)) // 3
+    first = allocate(table, budget)
+    assert allocate(table, budget) == first
 
 
 def test_ten_thousand_units():
@@ -335,7 +348,7 @@ def test_ten_thousand_units():
     )
     assert table.cost_UJ.shape == (12528, 12)
     start = time.perf_counter()
-    allocation = allocate(table, int(3 * table.n_params / 8), layout="grouped")
+    allocation = allocate(table, int(3 * table.n_params / 8))
     assert time.perf_counter() - start < 60
     assert 0.9999 < allocation.tensor_bytes / allocation.budget_bytes <= 1
     assert allocation.predicted_kl < 1.0001 * allocation.lower_bound_kl
@@ -343,8 +356,8 @@ def test_ten_thousand_units():
 
 def test_saved_and_loaded(tmp_path):
     table = make_table(np.random.default_rng(16), n_matrices=2, fixed_bytes=100)
-    budget = sum(reachable_bytes(table, layout="grouped")) // 2
-    allocation = allocate(table, budget, layout="grouped")
+    budget = sum(reachable_bytes(table)) // 2
+    allocation = allocate(table, budget)
     allocation = dataclasses.replace(allocation, source_sha256="ab", recipe='{"budget": "3"}')
     save_allocation(allocation, tmp_path / "a.json")
     assert load_allocation(tmp_path / "a.json") == allocation
@@ -373,7 +386,7 @@ def test_no_allocation(tmp_path, content):
 
 def test_no_place_for_the_allocation(tmp_path):
     table = make_table(np.random.default_rng(17))
-    allocation = allocate(table, reachable_bytes(table, layout="grouped")[1], layout="grouped")
+    allocation = allocate(table, reachable_bytes(table)[1])
     (tmp_path / "file").touch()
     for path in (tmp_path / "nowhere" / "a.json", tmp_path / "file" / "a.json"):
         with pytest.raises(OutputError, match=r"cannot write .*a\.json"):

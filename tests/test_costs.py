@@ -12,23 +12,14 @@ from moe2gguf.costs import (
     _costs_EJ,
     _role,
     cost_table,
+    reorderable,
     source_digest,
 )
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.source import Source, open_source
-from moe2gguf.stats import CalibrationStats, MatrixErrors, load_stats
+from moe2gguf.stats import MatrixErrors, load_stats
 from tests.tiny_moe import MODEL_TYPES
-
-
-@pytest.fixture(scope="module")
-def source(converted) -> Source:
-    return open_source(converted("qwen3_moe").folder)
-
-
-@pytest.fixture(scope="module")
-def stats(converted) -> CalibrationStats:
-    return load_stats(converted("qwen3_moe").work / "stats.safetensors")
 
 
 def assert_covers(table, source: Source) -> None:
@@ -54,8 +45,9 @@ def test_units_cover_the_model_once(tiny, model_type):
     source = open_source(tiny(model_type))
     table = cost_table(source, None)
     assert_covers(table, source)
-    # the same shapes of experts everywhere: 2 layers of them, gate and up as one unit
-    assert sum(unit.expert is not None for unit in table.units) == 2 * 2 * source.n_expert
+    # the same shapes of experts everywhere: 2 layers of them; gate and up are one unit where experts may change places
+    n_projections = 2 if reorderable(source) else 3
+    assert sum(unit.expert is not None for unit in table.units) == 2 * n_projections * source.n_expert
     assert {unit.role for unit in table.units} <= ROLE_FLOORS_BPW.keys()
     routers = [name for name in table.fixed if "ffn_gate_inp" in name]
     assert len(routers) >= 2 and {table.fixed[name] for name in routers} == {Q.F32}
@@ -66,6 +58,29 @@ def test_units_with_statistics_cover_the_model_once(source, stats):
     assert_covers(table, source)
     assert {*table.fixed.values()} == {Q.F32}  # norms and routers: all else was measured
     assert table.cost_UJ.shape == table.bytes_UJ.shape == (len(table.units), len(CANDIDATES))
+
+
+def test_the_stock_layout_keeps_gate_and_up_apart(source, stats):
+    """Their costs are the shares of the joint one, and no share is all of it."""
+    joint, apart = cost_table(source, stats), cost_table(source, stats, layout="stock")
+    assert_covers(apart, source)
+    cost_of = {unit.name: cost_J for unit, cost_J in zip(apart.units, apart.cost_UJ, strict=True)}
+    for unit, cost_J in zip(joint.units, joint.cost_UJ, strict=True):
+        if unit.projection == "gate_up":
+            parts_PJ = np.array([cost_of[unit.name.replace("gate_up", p)] for p in ("gate", "up")])
+            fits = np.isfinite(cost_J)
+            np.testing.assert_allclose(parts_PJ.sum(0)[fits], cost_J[fits], rtol=1e-12)
+            assert (parts_PJ[:, fits] > 0.1 * cost_J[fits]).all()
+        else:
+            np.testing.assert_array_equal(cost_of[unit.name], cost_J)
+
+
+def test_fused_gate_up_stays_one_unit(tiny):
+    """One tensor in the file has one type, also in the stock layout."""
+    fused = open_source(tiny("gpt_oss"))
+    names = {tensor.name for tensor in fused.tensors if "_exps.weight" in tensor.name}
+    projections = {unit.projection for unit in cost_table(fused, None, layout="stock").units} - {None}
+    assert projections == {name.split("ffn_")[1].removesuffix("_exps.weight") for name in names}
 
 
 def test_what_no_probe_reached_is_kept_nearly_exact(converted):
@@ -80,9 +95,8 @@ def test_what_no_probe_reached_is_kept_nearly_exact(converted):
 
 
 def test_bytes_are_those_in_the_file(converted, source, stats):
-    table = cost_table(source, stats)
-    for result in converted("qwen3_moe").results.values():
-        allocation = result.allocation
+    for layout, result in converted("qwen3_moe").results.items():
+        table, allocation = cost_table(source, stats, layout=layout), result.allocation
         of_units = sum(
             table.bytes_UJ[u, CANDIDATES.index(allocation.types[unit.name])] for u, unit in enumerate(table.units)
         )
@@ -170,6 +184,17 @@ def test_costs_between_and_beyond_the_probes():
             expected = 0.02 * (error / total_J[low]) ** slope
         assert cost_J[j] == pytest.approx(expected, rel=1e-9)
     assert (np.diff(cost_J) < 0).all()  # a smaller error never costs more
+
+
+@pytest.mark.parametrize(("power", "kept"), [(0.8, 0.8), (0.2, 0.5), (1.3, 1.0)])
+def test_small_errors_follow_the_trend_of_the_probes(power, kept):
+    """KL as a power of the error: below the finest probe that power goes on, between the root and proportion."""
+    total_J = np.geomspace(8.0, 0.01, len(CANDIDATES))
+    low, high = CANDIDATES.index(Q.IQ3_XXS), CANDIDATES.index(Q.IQ2_XXS)
+    kl = {Q.IQ2_XXS: 0.5, Q.IQ3_XXS: 0.5 * (total_J[low] / total_J[high]) ** power}
+    cost_J = _costs_EJ(errors_of(total_J, kl), CANDIDATES).sum(0)
+    np.testing.assert_allclose(cost_J[low:] / cost_J[low], (total_J[low:] / total_J[low]) ** kept, rtol=1e-9)
+    np.testing.assert_allclose(cost_J[:high] / cost_J[high], total_J[:high] / total_J[high], rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_provenance(converted, small_text):
 def test_size_is_kept_and_used(converted, tmp_path, layout):
     done = converted("qwen3_moe")
     source, stats = open_source(done.folder), load_stats(done.work / "stats.safetensors")
-    table = cost_table(source, stats)
+    table = cost_table(source, stats, layout=layout)
     header = file_bytes(source, FilePlan((), {}), {})
     low, high = (int(b * source.n_params / 8) + header for b in (3.0, 6.0))
     for size_bytes in (low, low + 12345, (low + high) // 2, high):

@@ -56,7 +56,7 @@ class Captured:
         out = out[0] if isinstance(out, tuple) else out
         return out.reshape(-1, out.shape[-1])
 
-    def measured(self) -> tuple[np.ndarray, np.ndarray]:
+    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with ThreadPoolExecutor(2) as pool, torch.inference_mode():
             return Measure(TYPES, pool).experts(
                 self.block, self.capture, self.stats, np.random.default_rng(0), lambda *_: None
@@ -67,10 +67,14 @@ class Captured:
         """Mean squared change of the block's output per token with one matrix of one expert really quantised."""
         get, put, importance_EK = {
             "gate_up": (self.block.gate_up, self.block.set_gate_up, self.stats.importance_gate_up_ED),
+            "gate": (self.block.gate_up, self.block.set_gate_up, self.stats.importance_gate_up_ED),
             "down": (self.block.down, self.block.set_down, self.stats.importance_down_EI),
         }[projection]
         exact, clean = get(expert).clone(), self.output()
-        put(expert, torch.from_numpy(ggml.round_trip(exact.numpy(), quant_type, importance_EK[expert])))
+        changed = torch.from_numpy(ggml.round_trip(exact.numpy(), quant_type, importance_EK[expert]))
+        if projection == "gate":  # the up rows stay exact
+            changed[len(changed) // 2 :] = exact[len(exact) // 2 :]
+        put(expert, changed)
         changed = self.output()
         put(expert, exact)
         assert torch.equal(self.output(), clean)
@@ -85,7 +89,7 @@ def test_expert_errors_are_the_blocks(
     # without the layer's share, which tests below have; what is left is (n + 1) / n times the block's error
     monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
     captured = Captured(tiny(model_type, **SMALL))
-    gate_up_EJ, down_EJ = captured.measured()
+    gate_up_EJ, down_EJ, gate_share_EJ = captured.measured()
     n_E, ratios = captured.stats.n_tokens_E, []
     for expert in np.flatnonzero(n_E):
         for j, quant_type in enumerate(TYPES):
@@ -95,6 +99,9 @@ def test_expert_errors_are_the_blocks(
             gate_up = captured.output_error(expert, "gate_up", quant_type)
             assert gate_up_EJ[expert, j] * seen == pytest.approx(gate_up, rel=ONE_EXPERT)
             ratios.append(gate_up_EJ[expert, j] * seen / gate_up)
+            # gate's and up's errors hardly meet, so that the joint one is nearly their sum
+            gate = captured.output_error(expert, "gate", quant_type)
+            assert gate_share_EJ[expert, j] == pytest.approx(gate / gate_up, rel=2 * ONE_EXPERT)
     assert np.mean(ratios) == pytest.approx(1, rel=MANY_EXPERTS)
 
 
@@ -103,7 +110,7 @@ def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path]) -> None:
     captured = Captured(tiny("qwen3_moe", **SMALL, n_experts=64, top_k=1))
     n_E = captured.stats.n_tokens_E
     assert (n_E == 0).any() and (n_E > 3).any()
-    _, down_EJ = captured.measured()
+    _, down_EJ, _ = captured.measured()
     assert (down_EJ > 0).all() and np.isfinite(down_EJ).all()
     x_TD, ids_TK, gates_TK = captured.capture.routed()
     probability_TE = torch.softmax((x_TD @ captured.block.router_ED.T).double(), -1)
@@ -126,7 +133,8 @@ def test_a_sample_of_rows_and_tokens_stands_for_all(tiny: Callable[..., Path], m
     whole = captured.measured()
     monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_ROWS", 32)
     monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_TOKENS", 16)
-    for all_EJ, sampled_EJ in zip(whole, captured.measured(), strict=True):
+    # the share of gate is a ratio, which no sum makes better
+    for all_EJ, sampled_EJ in zip(whole[:2], captured.measured()[:2], strict=True):
         assert not np.array_equal(all_EJ, sampled_EJ)
         # 32 of 64 or 96 rows and 16 of some 30 tokens: each expert within a third, all together within a tenth
         np.testing.assert_allclose(sampled_EJ, all_EJ, rtol=0.35)
@@ -137,7 +145,7 @@ def test_types_that_do_not_fit_cost_infinitely_much(tiny: Callable[..., Path]) -
     """64 columns into gate and up, 256 into down: only one of them takes blocks of 256."""
     captured = Captured(tiny("mixtral", hidden=64, intermediate=256))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        gate_up_EJ, down_EJ = Measure((QuantType.Q6_K,), pool).experts(
+        gate_up_EJ, down_EJ, _ = Measure((QuantType.Q6_K,), pool).experts(
             captured.block, captured.capture, captured.stats, np.random.default_rng(0), lambda *_: None
         )
     assert np.isinf(gate_up_EJ).all() and np.isfinite(down_EJ).all()

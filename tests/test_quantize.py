@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe2gguf import ggml
-from moe2gguf.costs import cost_table
+from moe2gguf.costs import cost_table, reorderable
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.pipeline import Budget, Choice, fit_budget
 from moe2gguf.quantize import (
@@ -14,20 +14,9 @@ from moe2gguf.quantize import (
     ROWS_PER_JOB,
     encode_tensors,
     plan_uniform,
-    reorderable,
 )
-from moe2gguf.source import Source, SourceTensor, open_source
-from moe2gguf.stats import CalibrationStats, load_stats
-
-
-@pytest.fixture(scope="module")
-def source(converted) -> Source:
-    return open_source(converted("qwen3_moe").folder)
-
-
-@pytest.fixture(scope="module")
-def stats(converted) -> CalibrationStats:
-    return load_stats(converted("qwen3_moe").work / "stats.safetensors")
+from moe2gguf.source import SourceTensor, open_source
+from moe2gguf.stats import CalibrationStats
 
 
 def encode_all(plan, n_threads: int = 2) -> dict[str, np.ndarray]:
@@ -89,7 +78,9 @@ def test_file_holds_each_expert_encoded(converted, source, stats, layout):
             position = seen.get(name, 0)
             seen[name] = position + 1
             expert = order[position]
-            projection = "down" if "ffn_down" in name else "gate_up"
+            projection = name.removeprefix(f"blk.{layer}.ffn_").removesuffix("_exps.weight")
+            if layout == "grouped" and projection != "down":
+                projection = "gate_up"
             assert types[f"blk.{layer}.expert.{expert}.{projection}"] == quant_type
             expected_NB = ggml.encode(weight[expert], quant_type, importance_of(stats, name, expert))
             assert np.array_equal(blocks_NB, expected_NB), (tensor.name, expert)
@@ -124,8 +115,8 @@ def test_threads_and_runs_make_the_same_bytes(source, stats):
 
 
 def test_plan_sums_to_the_allocation(source, stats):
-    table = cost_table(source, stats)
     for layout in ("grouped", "stock"):
+        table = cost_table(source, stats, layout=layout)
         for max_groups in (1, 2, 4, 7):
             choice = Choice(layout=layout, max_groups=max_groups)
             allocation, plan = fit_budget(source, stats, table, Budget(bits=3.3), choice)

@@ -10,23 +10,13 @@ import gguf
 import numpy as np
 import pytest
 
-from moe2gguf.errors import RuntimeMissing
-from moe2gguf.runtime import find_runtime, tool
+from moe2gguf.runtime import tool
 from tests.runtime.evaluate import CANNOT_LOAD
-from tests.runtime.ops import Ops, Type
+from tests.runtime.ops import Type
 from tests.runtime.tiny_gguf import N_EMBD, N_EXPERT, N_FF, write_model
 
 ROOT = Path(__file__).parents[2]
 THREE_GROUPS = (3, 4, 1)  # one of a single expert
-
-
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    try:
-        find_runtime()
-    except RuntimeMissing as error:
-        pytest.skip(str(error))
-    return Ops()
 
 
 def evaluate(model: Path, *options: str) -> tuple[np.ndarray, str]:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe2gguf.errors import RuntimeMissing
-from moe2gguf.runtime import find_runtime
 from tests.runtime.ops import Group, Ops, Type
 
 # E experts, N out features, K in features, T tokens, U experts used per token
@@ -47,15 +45,6 @@ N_TOKENS = [
 
 def mix_id(mix) -> str:
     return "+".join(f"{n}x{type.name}" for type, n in mix)
-
-
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    try:
-        find_runtime()
-    except RuntimeMissing as error:
-        pytest.skip(str(error))
-    return Ops()
 
 
 @pytest.fixture(scope="module")
