@@ -37,7 +37,14 @@ from moe2gguf.runtime.upstream import Upstream, apply_series, fetch_sdist, read_
 # (stage, steps done, steps in all); steps in all is 0 where there is nothing to count
 Progress = Callable[[str, int, int], None]
 
-TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench", "llama-gguf-split")
+TOOLS = (
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-perplexity",
+    "llama-bench",
+    "llama-gguf-split",
+    "test-backend-ops",  # compares each backend's operations with the CPU's
+)
 
 # written into the llama_cpp package, so that an installed wheel says what it is
 INFO_FILE = "moe2gguf_runtime.json"
@@ -275,7 +282,8 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     )
     progress("compiling the tools", 0, 0)
     # the wheel's build folder, so that only what the wheel did not need is compiled
-    run_logged(["cmake", "-DLLAMA_BUILD_TOOLS=ON", cmake_build], what="configuring the tools", env=env, log=log)
+    configure = ["cmake", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=ON", cmake_build]
+    run_logged(configure, what="configuring the tools", env=env, log=log)
     run_logged(
         ["cmake", "--build", cmake_build, "--parallel", str(jobs), "--target", *TOOLS],
         what="building the tools",
