@@ -3,9 +3,19 @@
 install()            build if needed, install into the running interpreter's environment
 find_runtime()       what is installed, or RuntimeMissing
 tool("llama-quantize")
-status(), check()
+status(), check(), find_devices()
 """
 
-from moe2gguf.runtime.installation import Runtime, Status, check, find_runtime, install, status, tool
+from moe2gguf.runtime.installation import (
+    Device,
+    Runtime,
+    Status,
+    check,
+    find_devices,
+    find_runtime,
+    install,
+    status,
+    tool,
+)
 
-__all__ = ["Runtime", "Status", "check", "find_runtime", "install", "status", "tool"]
+__all__ = ["Device", "Runtime", "Status", "check", "find_devices", "find_runtime", "install", "status", "tool"]

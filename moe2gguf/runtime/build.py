@@ -23,15 +23,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import RuntimeMissing
-from moe2gguf.runtime.process import run_logged
-from moe2gguf.runtime.toolchain import NO_AMX_FLAGS, Toolchain, amx_works, find_toolchain
+from moe2gguf.runtime.process import UNTESTABLE, run_logged
+from moe2gguf.runtime.toolchain import GPU_BACKENDS, NO_AMX_FLAGS, GpuBackend, Toolchain, amx_works, find_toolchain
 from moe2gguf.runtime.upstream import Upstream, apply_series, fetch_sdist, read_upstream, unpack
 
 # (stage, steps done, steps in all); steps in all is 0 where there is nothing to count
@@ -55,6 +55,7 @@ _TREE_PARTS = ("conversion", "gguf-py", "convert_hf_to_gguf.py", "models/templat
 _BUILD_REQUIREMENTS = ("scikit-build-core[pyproject]==1.1.2", "poetry-core==2.5.0")
 
 _NEEDED_BYTES = 3 * 1000**3  # a build takes about 1.2 GB: sources, objects, libraries in the wheel
+_NEEDED_BYTES_MORE = {"cuda": 5 * 1000**3, "vulkan": 2 * 1000**3}  # kernels for every type; shaders as C++ arrays
 
 _NINJA_STEP = re.compile(r"^\s*\[(\d+)/(\d+)\] ")
 
@@ -73,6 +74,7 @@ class BuildInfo:
     native_sha256: str  # Toolchain.native_digest
     python: str
     requirements: tuple[str, ...]
+    gpu_backends: tuple[str, ...] = ()  # "cuda", "vulkan"; the default reads what earlier versions wrote
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,21 @@ def info_from_json(text: str) -> BuildInfo:
     return BuildInfo(**fields)
 
 
-def describe(upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, amx: bool) -> BuildInfo:
+def describe(
+    upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, amx: bool, gpus: Sequence[GpuBackend] = ()
+) -> BuildInfo:
     """The BuildInfo of what would be built now. With AMX false the compilers are told not to use it."""
+    for gpu in gpus:
+        env = {**env, **gpu.environment}
     if not amx:
         for variable in ("CFLAGS", "CXXFLAGS"):
             env = {**env, variable: " ".join([env.get(variable, ""), *NO_AMX_FLAGS]).strip()}
-    kept = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CMAKE_GENERATOR", "MACOSX_DEPLOYMENT_TARGET")
+    kept = ["CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CMAKE_GENERATOR", "MACOSX_DEPLOYMENT_TARGET"]
+    names = tuple(gpu.name for gpu in gpus)
+    if "cuda" in names:
+        kept += ["CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_PATH"]
+    if "vulkan" in names:
+        kept += ["VULKAN_SDK"]
     content: dict[str, Any] = {
         "version": f"{upstream.version}+{upstream.local_version}",
         "sdist_sha256": upstream.sha256,
@@ -145,26 +156,32 @@ def describe(upstream: Upstream, toolchain: Toolchain, env: dict[str, str], *, a
             "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # the tools find their libraries wherever bin/ is moved
             f"-DLLAMA_BUILD_COMMIT={upstream.local_version}",
             "-DLLAMA_BUILD_NUMBER=0",
+            *(arg for gpu in gpus for arg in gpu.cmake_args),
         ),
         "environment": {variable: env[variable] for variable in kept if env.get(variable)},
-        "compilers": toolchain.versions,
+        "compilers": (*toolchain.versions, *(gpu.version for gpu in gpus)),
         "native_sha256": toolchain.native_digest,
         "python": f"{sys.implementation.cache_tag} {sys.platform}",
         "requirements": _BUILD_REQUIREMENTS,
+        "gpu_backends": names,
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return BuildInfo(key=key, **content)
 
 
-def build(*, jobs: int | None = None, progress: Progress = lambda stage, done, total: None) -> Build:
+def build(
+    *, gpus: Sequence[str] = (), jobs: int | None = None, progress: Progress = lambda stage, done, total: None
+) -> Build:
     """The build for the current patches, compilers and machine: from the cache, or made now with JOBS compilers.
 
+    GPUS names what is built beside the CPU's backend, "cuda" or "vulkan".
     Raises RuntimeMissing when something it needs is missing or a step fails. What was compiled by then is kept for
     the next try.
     """
     upstream = read_upstream()
     env = dict(os.environ)
     toolchain = find_toolchain(env)
+    found_gpus = [GPU_BACKENDS[name](toolchain, env) for name in sorted(set(gpus))]
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -173,7 +190,7 @@ def build(*, jobs: int | None = None, progress: Progress = lambda stage, done, t
 
     with _lock(cache / "build.lock", progress):
         amx = not toolchain.uses_amx or _amx_usable(toolchain, cache, progress)
-        info = describe(upstream, toolchain, env, amx=amx)
+        info = describe(upstream, toolchain, env, amx=amx, gpus=found_gpus)
         if not (build_path(info.key) / "runtime.json").is_file():
             try:
                 _make(info, upstream, env, jobs or os.cpu_count() or 1, progress)
@@ -182,7 +199,7 @@ def build(*, jobs: int | None = None, progress: Progress = lambda stage, done, t
                     raise RuntimeMissing(str(trap)) from None
                 progress("the library dies using AMX, building again without it", 0, 0)
                 _remember_amx(toolchain, cache, usable=False)
-                info = describe(upstream, toolchain, env, amx=False)
+                info = describe(upstream, toolchain, env, amx=False, gpus=found_gpus)
                 _make(info, upstream, env, jobs or os.cpu_count() or 1, progress)
         return load_build(build_path(info.key))
 
@@ -223,9 +240,10 @@ def _amx_usable(toolchain: Toolchain, cache: Path, progress: Progress) -> bool:
 def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, progress: Progress) -> None:
     cache = cache_folder()
     free_bytes = shutil.disk_usage(cache).free
-    if free_bytes < _NEEDED_BYTES:
+    needed_bytes = _NEEDED_BYTES + sum(_NEEDED_BYTES_MORE[name] for name in info.gpu_backends)
+    if free_bytes < needed_bytes:
         raise RuntimeMissing(
-            f"building needs {_NEEDED_BYTES / 1e9:.0f} GB in {cache} and there are {free_bytes / 1e9:.1f} GB: "
+            f"building needs {needed_bytes / 1e9:.0f} GB in {cache} and there are {free_bytes / 1e9:.1f} GB: "
             "free some, or point XDG_CACHE_HOME to a larger disk"
         )
     work = cache / f"build-{info.key}"
@@ -266,12 +284,14 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
         wheels,
     ]
     progress("compiling the library", 0, 0)
+    # not as cmake.args, which is split at the semicolons of a CMake list
+    defines = [f"--config-settings=cmake.define.{arg.removeprefix('-D')}" for arg in info.cmake_args]
     run_logged(
         [
             *pip_wheel,
             source,
             f"--config-settings=build-dir={cmake_build}",
-            "--config-settings=cmake.args=" + ";".join(info.cmake_args),
+            *defines,
             # the copies in llama_cpp/lib are the ones in use
             "--config-settings=wheel.exclude=/bin/**;/include/**;/lib/**",
         ],
@@ -282,7 +302,7 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     )
     progress("compiling the tools", 0, 0)
     # the wheel's build folder, so that only what the wheel did not need is compiled
-    configure = ["cmake", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=ON", cmake_build]
+    configure: list[str | Path] = ["cmake", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=ON", cmake_build]
     run_logged(configure, what="configuring the tools", env=env, log=log)
     run_logged(
         ["cmake", "--build", cmake_build, "--parallel", str(jobs), "--target", *TOOLS],
@@ -295,7 +315,8 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     run_logged([*pip_wheel, source / upstream.tree / "gguf-py"], what="building the gguf wheel", env=env, log=log)
 
     progress("testing", 0, 0)
-    _smoke_test(cmake_build / "bin", log)
+    if not _smoke_test(cmake_build / "bin", log):
+        progress(f"not tested: the driver of {', '.join(info.gpu_backends)} is not installed here", 0, 0)
     _assemble(info, work, upstream, build_path(info.key))
     shutil.rmtree(work)
 
@@ -345,14 +366,18 @@ def _replace_once(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def _smoke_test(libraries: Path, log: Path) -> None:
-    """Multiply matrices with the new library in a child process. Raises _Trapped when it dies or computes nonsense."""
+def _smoke_test(libraries: Path, log: Path) -> bool:
+    """Multiply matrices with the new library in a child process. False where this machine lacks a driver it needs.
+
+    Raises _Trapped when it dies or computes nonsense.
+    """
     child = [sys.executable, "-m", "moe2gguf.runtime.smoke", str(libraries)]
     result = subprocess.run(child, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with log.open("a") as sink:
         sink.write(f"$ {' '.join(child)}\n{result.stdout}")
-    if result.returncode != 0:
+    if result.returncode not in (0, UNTESTABLE):
         raise _Trapped(f"the library just built does not work here (exit code {result.returncode}, log: {log})")
+    return result.returncode == 0
 
 
 def _assemble(info: BuildInfo, work: Path, upstream: Upstream, target: Path) -> None:

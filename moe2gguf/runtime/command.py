@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from moe2gguf import runtime as api
+from moe2gguf.errors import RuntimeMissing
 from moe2gguf.runtime import build as build_module
+from moe2gguf.runtime.ops_check import OPS, OpResult, check_op
+from moe2gguf.runtime.toolchain import GPU_BACKENDS
 
 _jobs = click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time [default: one per core].")
+_BACKEND_NAMES = {"cuda": "CUDA", "vulkan": "Vulkan"}
+
+
+def _gpus(command: Callable[..., Any]) -> Callable[..., Any]:
+    helps = {
+        "cuda": "For NVIDIA cards: those in this machine, or $CUDAARCHS.",
+        "vulkan": "For any card with a Vulkan driver.",
+    }
+    for name in reversed(GPU_BACKENDS):
+        command = click.option(f"--{name}", is_flag=True, help=helps[name])(command)
+    return command
+
+
+def _chosen(flags: dict[str, bool]) -> list[str]:
+    return [name for name in GPU_BACKENDS if flags[name]]
 
 
 @contextmanager
@@ -57,13 +77,20 @@ def runtime() -> None:
 def status() -> None:
     """Say what is needed, installed and cached."""
     found = api.status()
-    click.echo(f"needed      llama_cpp_python {found.wanted_version}")
+    click.echo(f"needed      llama_cpp_python {found.wanted_version}, patches {found.wanted_patches[:12]}")
     click.echo(f"installed   llama_cpp_python {found.installed_version or '-'}, gguf {found.gguf_version or '-'}")
     if found.package is not None:
-        click.echo(f"            {found.package}{'' if found.installed else ' (not built by moe2gguf)'}")
+        click.echo(f"            {found.package}")
+        click.echo(f"            {_match(found.installed, found.wanted_patches)}")
+    if found.installed is not None:
+        click.echo(f"            backends {_backends(found.installed)}")
+        for line in _device_lines():
+            click.echo(f"            {line}")
     for built in found.builds:
         in_use = " (installed)" if built.info == found.installed else ""
         click.echo(f"cached      {built.info.version} {built.folder}{in_use}")
+        click.echo(f"            {_match(built.info, found.wanted_patches)}")
+        click.echo(f"            backends {_backends(built.info)}")
         click.echo(f"            {', '.join(built.info.compilers)}")
         click.echo(f"            {' '.join(built.info.cmake_args)}")
         for variable, value in sorted(built.info.environment.items()):
@@ -72,28 +99,88 @@ def status() -> None:
         click.echo(f"cached      - ({build_module.cache_folder()})")
 
 
+def _match(info: build_module.BuildInfo | None, wanted_patches: str) -> str:
+    if info is None:
+        return "not built by moe2gguf"
+    same = info.patches_sha256 == wanted_patches
+    return f"patches {info.patches_sha256[:12]}, {'those' if same else 'not those'} of this moe2gguf"
+
+
+def _backends(info: build_module.BuildInfo) -> str:
+    return ", ".join(["CPU", *(_BACKEND_NAMES.get(name, name) for name in info.gpu_backends)])
+
+
+def _device_lines() -> list[str]:
+    try:
+        devices = api.find_devices(api.find_runtime())
+    except RuntimeMissing as error:
+        return [f"devices  - ({error})"]
+    return [
+        f"device   {device.name}: {device.description}, {device.memory_bytes / 2**30:.1f} GiB" for device in devices
+    ]
+
+
 @runtime.command()
+@_gpus
 @_jobs
-def build(jobs: int | None) -> None:
-    """Build the wheels and the tools into the cache, without installing them."""
+def build(jobs: int | None, **flags: bool) -> None:
+    """Build the wheels and the tools into the cache, without installing them, and print the folder."""
     with _progress() as progress:
-        built = build_module.build(jobs=jobs, progress=progress)
+        built = build_module.build(gpus=_chosen(flags), jobs=jobs, progress=progress)
     click.echo(built.folder)
 
 
 @runtime.command()
+@_gpus
 @_jobs
-def install(jobs: int | None) -> None:
+def install(jobs: int | None, **flags: bool) -> None:
     """Build unless cached, and install into this Python environment."""
     with _progress() as progress:
-        installed = api.install(jobs=jobs, progress=progress)
+        installed = api.install(gpus=_chosen(flags), jobs=jobs, progress=progress)
     click.echo(f"llama_cpp_python {installed.version} is installed; `moe2gguf runtime check` tests it")
 
 
 @runtime.command()
 def check() -> None:
-    """Load the installed library in a child process and compute with it."""
+    """Compute with the installed library on every device, and compare each with the CPU's reference."""
     found = api.find_runtime()
     for line in api.check().splitlines():
         click.echo(line)
+    program = found.tools / "test-backend-ops"
+    results = []
+    if program.is_file():
+        with _progress() as progress:
+            for device in api.find_devices(found):
+                for op in OPS:
+                    results.append(_check_op(program, device.name, op, progress))
+        _print_results(results)
+    else:
+        click.echo(f"test-backend-ops is not in {found.tools}: built by an earlier moe2gguf", err=True)
+    if not all(result.ok for result in results):
+        raise RuntimeMissing(
+            f"llama_cpp_python {found.version} computes wrongly on "
+            f"{', '.join(dict.fromkeys(r.device for r in results if not r.ok))}: "
+            "run without that device, or report the cases above"
+        )
     click.echo(f"llama_cpp_python {found.version} works, {found.libraries}")
+
+
+def _check_op(program: Path, device: str, op: str, progress: build_module.Progress) -> OpResult:
+    stage = f"{op} on {device}"
+    progress(stage, 0, 0)
+    return check_op(program, device, op, on_case=lambda n_done: progress(stage, n_done, 0))
+
+
+def _print_results(results: list[OpResult]) -> None:
+    click.echo(f"{'device':12} {'operation':16} {'passed':>7} {'failed':>7} {'left to the CPU':>16}")
+    for r in results:
+        click.echo(f"{r.device:12} {r.op:16} {r.n_passed:7} {len(r.failed):7} {r.n_unsupported:16}")
+    for r in results:
+        for case in r.failed[:5]:
+            click.echo(f"failed: {r.op}({case}) on {r.device}")
+        if len(r.failed) > 5:
+            click.echo(f"failed: {len(r.failed) - 5} more of {r.op} on {r.device}")
+        if not r.ok and not r.failed and r.exit_code == 0:
+            click.echo(f"failed: test-backend-ops has no case of {r.op}")
+        elif not r.ok and not r.failed:
+            click.echo(f"failed: {r.op} on {r.device}: test-backend-ops ended with exit code {r.exit_code}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +42,20 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Device:
+    """What the installed library can compute on."""
+
+    name: str  # "CPU", "CUDA0", "Vulkan0"
+    description: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Status:
     """What is pinned, installed and cached; None where something is absent."""
 
     wanted_version: str
+    wanted_patches: str  # sha256 over this moe2gguf's patches
     installed_version: str | None  # of any llama_cpp_python
     gguf_version: str | None
     installed: BuildInfo | None  # None where the installed one is not ours
@@ -74,6 +86,7 @@ def status() -> Status:
         info = info_from_json((package / INFO_FILE).read_text(encoding="utf-8"))
     return Status(
         wanted_version=f"{upstream.version}+{upstream.local_version}",
+        wanted_patches=upstream.patches_digest,
         installed_version=_distribution_version("llama_cpp_python"),
         gguf_version=_distribution_version("gguf"),
         installed=info,
@@ -110,12 +123,14 @@ def tool(name: str) -> Path:
     return find_runtime().tools / name
 
 
-def install(*, jobs: int | None = None, progress: Progress = lambda stage, done, total: None) -> Runtime:
-    """Build the runtime unless cached, and install its two wheels where they are not installed yet.
+def install(
+    *, gpus: Sequence[str] = (), jobs: int | None = None, progress: Progress = lambda stage, done, total: None
+) -> Runtime:
+    """Build the runtime unless cached, with the backends GPUS, and install its two wheels where they are not yet.
 
     Only the environment of the running interpreter is touched, and in it only llama_cpp_python and gguf.
     """
-    built = build(jobs=jobs, progress=progress)
+    built = build(gpus=gpus, jobs=jobs, progress=progress)
     if not _is_installed(built):
         progress("installing", 0, 0)
         run_logged(
@@ -143,15 +158,25 @@ def _is_installed(built: Build) -> bool:
 
 
 def check() -> str:
-    """Load the installed library in a child process and multiply with it.
+    """Load the installed library in a child process and multiply with it, on every device.
 
     Returns what it says of itself. Raises RuntimeMissing when it cannot be loaded, lacks our op, or computes nonsense.
     """
     runtime = find_runtime()
-    for arguments in (["-c", "import llama_cpp, gguf"], ["-m", "moe2gguf.runtime.smoke", str(runtime.libraries)]):
-        result = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True)
-        if result.returncode != 0:
-            # a crash says nothing, a Python error says it in its last line
-            reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-            raise RuntimeMissing(f"the installed runtime {runtime.version} does not work: {reason}; {_WAY_OUT}")
+    _child(runtime, "-c", "import llama_cpp, gguf")
+    return _child(runtime, "-m", "moe2gguf.runtime.smoke", str(runtime.libraries), "--gpus")
+
+
+def find_devices(runtime: Runtime) -> list[Device]:
+    """What RUNTIME can compute on, asked in a child process. Raises RuntimeMissing when it cannot be loaded."""
+    said = _child(runtime, "-m", "moe2gguf.runtime.smoke", str(runtime.libraries), "--devices")
+    return [Device(**fields) for fields in json.loads(said.splitlines()[-1])]
+
+
+def _child(runtime: Runtime, *arguments: str) -> str:
+    result = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True)
+    if result.returncode != 0:
+        # a crash says nothing, a Python error says it in its last line
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise RuntimeMissing(f"the installed runtime {runtime.version} does not work: {reason}; {_WAY_OUT}")
     return result.stdout

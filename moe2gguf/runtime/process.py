@@ -9,9 +9,11 @@ from pathlib import Path
 
 from moe2gguf.errors import RuntimeMissing
 
+UNTESTABLE = 4  # exit code of the smoke test where a driver the library needs is not installed
+
 # What the tools print for the failures a user can do something about, and what to tell them.
 _CAUSES = (
-    ("No space left on device", "the disk is full: free about 3 GB, or point XDG_CACHE_HOME to a larger disk"),
+    ("No space left on device", "the disk is full: free some GB, or point XDG_CACHE_HOME to a larger disk"),
     ("externally-managed-environment", "this Python belongs to the operating system: use a virtual environment"),
     ("No module named pip", "this Python environment has no pip: run `python -m ensurepip`"),
     ("DO NOT MATCH THE HASHES", "the download is not the pinned file: check the package index pip is configured for"),

@@ -1,15 +1,17 @@
-"""What a build depends on besides the sources: compilers, the processor, and whether its AMX unit can be used."""
+"""What a build depends on besides the sources: compilers, the processor, whether its AMX unit can be used, GPUs."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe2gguf.errors import RuntimeMissing
@@ -108,6 +110,147 @@ def amx_works(toolchain: Toolchain) -> bool:
         source.write_text(_AMX_PROGRAM)
         compiled = _run(toolchain.cc, "-O1", "-mamx-tile", "-mamx-int8", str(source), "-o", str(program))
         return compiled.returncode == 0 and _run(str(program)).returncode == 0
+
+
+@dataclass(frozen=True)
+class GpuBackend:
+    """A backend for graphics cards, with everything that building it needs at hand."""
+
+    name: str  # "cuda", "vulkan"
+    version: str  # of its compiler
+    cmake_args: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)  # what CMake would not find by itself
+
+
+_CUDA_FOLDER = "/usr/local/cuda"
+_CUDA_PROGRAM = "#include <cublas_v2.h>\n#include <cuda_runtime.h>\nint main() { return 0; }\n"
+
+# what nvcc, the host compiler or the linker print, and the way out
+_CUDA_CAUSES = (
+    ("unsupported GNU version", "it does not take this g++: name an older one, for instance CUDAHOSTCXX=g++-12"),
+    ("unsupported clang version", "it does not take this clang: name another compiler in CUDAHOSTCXX"),
+    ("cublas_v2.h", "cuBLAS is missing: `apt install libcublas-dev`, or libcublas-dev-12-x from NVIDIA's packages"),
+    ("lcublas", "cuBLAS is missing: `apt install libcublas-dev`, or libcublas-dev-12-x from NVIDIA's packages"),
+    ("cuda_runtime.h", "CUDA's headers are missing: `apt install nvidia-cuda-dev`, or cuda-cudart-dev from NVIDIA's"),
+)
+
+
+def find_cuda(toolchain: Toolchain, env: Mapping[str, str]) -> GpuBackend:
+    """nvcc, cuBLAS, and the architectures of the GPUs here, or those in $CUDAARCHS or $CMAKE_ARGS.
+
+    Raises RuntimeMissing, naming packages, where one of them is missing.
+    """
+    nvcc, environment = _find_nvcc(env)
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "probe.cu"), Path(folder, "probe")
+        source.write_text(_CUDA_PROGRAM)
+        host = ("-ccbin", env["CUDAHOSTCXX"]) if env.get("CUDAHOSTCXX") else ()
+        probe = _run(nvcc, *host, source, "-o", program, "-lcublas")
+    if probe.returncode != 0:
+        output = f"{probe.stderr}\n{probe.stdout}"
+        said = next((line for line in output.splitlines() if "error" in line or "cannot find" in line), output.strip())
+        reason = next((advice for sign, advice in _CUDA_CAUSES if sign in output), said)
+        raise RuntimeMissing(f"--cuda: {nvcc} does not compile a program of one line: {reason}")
+
+    args = ["-DGGML_CUDA=ON"]
+    if env.get("CUDAARCHS"):
+        args.append(f"-DCMAKE_CUDA_ARCHITECTURES={env['CUDAARCHS']}")
+    elif "CMAKE_CUDA_ARCHITECTURES" not in env.get("CMAKE_ARGS", ""):
+        # by name and not as "native", so that another card makes another cache key
+        capabilities = nvidia_capabilities(env)
+        if not capabilities:
+            raise RuntimeMissing(
+                "--cuda: nvidia-smi shows no GPU here, so it is unknown which one to compile for: name its compute "
+                "capability without the point, for instance CUDAARCHS=86"
+            )
+        args.append("-DCMAKE_CUDA_ARCHITECTURES=" + ";".join(f"{c.replace('.', '')}-real" for c in capabilities))
+    if not has_cuda_driver():
+        # the driver's library comes with the driver, and the linker would look for it
+        flags = f"{env.get('LDFLAGS', '')} -Wl,--allow-shlib-undefined".strip()
+        args.append(f"-DCMAKE_EXE_LINKER_FLAGS={flags}")
+    release = re.search(r"release .*", _run(nvcc, "--version").stdout)
+    return GpuBackend("cuda", f"nvcc {release[0] if release else nvcc}", tuple(args), environment)
+
+
+def _find_nvcc(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """nvcc, and the variable that leads CMake to it where it is not on PATH."""
+    if env.get("CUDACXX"):
+        if path := shutil.which(env["CUDACXX"], path=env.get("PATH")):
+            return path, {}
+        raise RuntimeMissing(f"--cuda: CUDACXX names {env['CUDACXX']}, and there is no such program")
+    if path := shutil.which("nvcc", path=env.get("PATH")):
+        return path, {}
+    for folder in (env.get("CUDA_PATH"), env.get("CUDA_HOME"), _CUDA_FOLDER):
+        if folder and (path := shutil.which("nvcc", path=str(Path(folder, "bin")))):
+            return path, {"CUDACXX": path}
+    raise RuntimeMissing(
+        f"--cuda needs NVIDIA's compiler nvcc, and it is neither on PATH nor in {_CUDA_FOLDER}/bin: "
+        "`apt install nvidia-cuda-toolkit`, or cuda-toolkit from NVIDIA's packages, or name it in CUDACXX"
+    )
+
+
+def nvidia_capabilities(env: Mapping[str, str]) -> list[str]:
+    """Compute capabilities of the NVIDIA GPUs here ("8.6"), sorted, each once; none without nvidia-smi."""
+    program = shutil.which("nvidia-smi", path=env.get("PATH"))
+    if program is None:
+        return []
+    result = _run(program, "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = {line.strip() for line in result.stdout.splitlines()} if result.returncode == 0 else set()
+    return sorted((c for c in found if re.fullmatch(r"\d+\.\d", c)), key=float)
+
+
+def has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+_VULKAN_PROGRAM = "#include <vulkan/vulkan.hpp>\nint main() { return vkGetInstanceProcAddr(nullptr, 0) != nullptr; }\n"
+_SPIRV_PROGRAM = "#include <spirv/unified1/spirv.hpp>\nint main() { return 0; }\n"
+
+
+def find_vulkan(toolchain: Toolchain, env: Mapping[str, str]) -> GpuBackend:
+    """glslc, Vulkan's headers and loader, SPIR-V's headers; the packages or the SDK in $VULKAN_SDK.
+
+    Raises RuntimeMissing naming all that is missing at once.
+    """
+    sdk = env.get("VULKAN_SDK")
+    path = os.pathsep.join(filter(None, [env.get("PATH", os.defpath), sdk and str(Path(sdk, "bin"))]))
+    flags = [f"-I{sdk}/include", f"-L{sdk}/lib"] if sdk else []
+    glslc = shutil.which("glslc", path=path)
+    checks = (
+        ("the shader compiler glslc", "glslc", glslc is not None),
+        (
+            "Vulkan's headers and loader",
+            "libvulkan-dev",
+            _links(toolchain, _VULKAN_PROGRAM, *flags, libraries=("-lvulkan",)),
+        ),
+        ("SPIR-V's headers", "spirv-headers", _links(toolchain, _SPIRV_PROGRAM, *flags)),
+    )
+    missing = [(what, package) for what, package, found in checks if not found]
+    if missing:
+        raise RuntimeMissing(
+            f"--vulkan needs {', '.join(what for what, _ in missing)}, not found here: "
+            f"`apt install {' '.join(package for _, package in missing)}`, or set VULKAN_SDK to LunarG's SDK"
+        )
+    assert glslc is not None
+    return GpuBackend("vulkan", _version(glslc), ("-DGGML_VULKAN=ON",))
+
+
+def _links(toolchain: Toolchain, program: str, *flags: str, libraries: tuple[str, ...] = ()) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(program)
+        return _run(toolchain.cxx, "-O0", *flags, source, "-o", Path(folder, "probe"), *libraries).returncode == 0
+
+
+# the value of `--NAME` on the command line -> how to find it
+GPU_BACKENDS: dict[str, Callable[[Toolchain, Mapping[str, str]], GpuBackend]] = {
+    "cuda": find_cuda,
+    "vulkan": find_vulkan,
+}
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from moe2gguf import runtime as api
 from moe2gguf.errors import RuntimeMissing
 from moe2gguf.runtime import build as build_module
+from moe2gguf.runtime import toolchain as toolchain_module
 from moe2gguf.runtime.build import build, describe
+from moe2gguf.runtime.command import runtime as runtime_command
 from moe2gguf.runtime.process import run_logged
-from moe2gguf.runtime.toolchain import Toolchain, find_toolchain
+from moe2gguf.runtime.toolchain import GPU_BACKENDS, GpuBackend, Toolchain, find_toolchain
 from moe2gguf.runtime.upstream import read_upstream
 
 TOOLCHAIN = Toolchain("/usr/bin/cc", "/usr/bin/c++", ("cc 12", "c++ 12"), "#define __AMX_TILE__ 1\n")
 
 
-def key(*, toolchain: Toolchain = TOOLCHAIN, env: dict[str, str] | None = None, amx: bool = True, **upstream) -> str:
-    return describe(replace(read_upstream(), **upstream), toolchain, env or {}, amx=amx).key
+CUDA = GpuBackend("cuda", "nvcc 12", ("-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=86-real"))
+VULKAN = GpuBackend("vulkan", "shaderc 2023", ("-DGGML_VULKAN=ON",))
+
+
+def key(
+    *,
+    toolchain: Toolchain = TOOLCHAIN,
+    env: dict[str, str] | None = None,
+    amx: bool = True,
+    gpus: Sequence[GpuBackend] = (),
+    **upstream,
+) -> str:
+    return describe(replace(read_upstream(), **upstream), toolchain, env or {}, amx=amx, gpus=gpus).key
 
 
 def test_key_stands_for_everything_that_changes_the_library(tmp_path) -> None:
@@ -35,12 +52,20 @@ def test_key_stands_for_everything_that_changes_the_library(tmp_path) -> None:
         key(env={"CMAKE_ARGS": "-DGGML_CUDA=ON"}),
         key(toolchain=replace(TOOLCHAIN, versions=("cc 13", "c++ 13"))),
         key(toolchain=replace(TOOLCHAIN, native_macros="")),
+        key(gpus=[CUDA]),
+        key(gpus=[VULKAN]),
+        key(gpus=[CUDA, VULKAN]),
+        key(gpus=[replace(CUDA, version="nvcc 13")]),
+        key(gpus=[replace(CUDA, cmake_args=("-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90-real"))]),
+        key(gpus=[replace(CUDA, environment={"CUDACXX": "/opt/nvcc"})]),
+        key(gpus=[CUDA], env={"CUDAHOSTCXX": "g++-12"}),
     ]
     assert len(set(keys)) == len(keys)
 
 
 def test_key_does_not_depend_on_the_rest() -> None:
     assert key(env={"HOME": "/x", "CFLAGS": ""}) == key(env={"LANG": "C"}) == key()
+    assert key(env={"CUDAHOSTCXX": "g++-12", "VULKAN_SDK": "/sdk"}) == key()  # what only GPU backends read
 
 
 def test_flags_against_amx_are_added_to_the_users() -> None:
@@ -48,6 +73,63 @@ def test_flags_against_amx_are_added_to_the_users() -> None:
     assert info.environment["CFLAGS"] == "-g -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     assert info.environment["CXXFLAGS"] == "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     assert build_module.info_from_json(build_module.info_to_json(info)) == info
+
+
+def test_gpu_backends_are_described() -> None:
+    info = describe(read_upstream(), TOOLCHAIN, {"CUDAHOSTCXX": "g++-12"}, amx=True, gpus=[CUDA, VULKAN])
+    assert info.gpu_backends == ("cuda", "vulkan")
+    assert info.compilers == ("cc 12", "c++ 12", "nvcc 12", "shaderc 2023")
+    assert set(CUDA.cmake_args) | set(VULKAN.cmake_args) < set(info.cmake_args)
+    assert info.environment == {"CUDAHOSTCXX": "g++-12"}
+    assert build_module.info_from_json(build_module.info_to_json(info)) == info
+
+
+def test_builds_of_earlier_versions_are_read() -> None:
+    """They knew no GPU backends."""
+    info = describe(read_upstream(), TOOLCHAIN, {}, amx=True)
+    fields = json.loads(build_module.info_to_json(info))
+    del fields["gpu_backends"]
+    assert build_module.info_from_json(json.dumps(fields)) == info
+
+
+@pytest.mark.parametrize("name", ["cuda", "vulkan"])
+def test_missing_gpu_compiler_is_told_before_anything_else(monkeypatch, tmp_path, name) -> None:
+    """Nothing is fetched, compiled or even written by then."""
+    compiler = tmp_path / "bin" / "cc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, str(compiler))
+    for variable in ("CUDACXX", "CUDA_PATH", "CUDA_HOME", "VULKAN_SDK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(toolchain_module, "_CUDA_FOLDER", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = CliRunner().invoke(runtime_command, ["build", f"--{name}"])
+    assert isinstance(result.exception, RuntimeMissing)
+    assert str(result.exception).startswith(f"--{name} needs ")
+    assert "`apt install " in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_flags_choose_the_backends(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(build_module, "build", lambda *, gpus, jobs, progress: asked.append((gpus, jobs)))
+    monkeypatch.setattr(api, "install", lambda *, gpus, jobs, progress: asked.append((gpus, jobs)))
+    for words in (["--cuda", "--jobs", "3"], ["--vulkan"], ["--vulkan", "--cuda"], []):
+        CliRunner().invoke(runtime_command, ["build", *words])
+    CliRunner().invoke(runtime_command, ["install", "--vulkan"])
+    assert asked == [(["cuda"], 3), (["vulkan"], None), (["cuda", "vulkan"], None), ([], None), (["vulkan"], None)]
+
+
+def test_a_gpu_needs_more_disk(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(GPU_BACKENDS, "cuda", lambda toolchain, env: CUDA)
+    monkeypatch.setattr(build_module, "_NEEDED_BYTES_MORE", {"cuda": 10**18})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeMissing, match=r"building needs 1000000003 GB in"):
+        build(gpus=["cuda"])
 
 
 def test_version_is_a_local_version() -> None:
