@@ -467,7 +467,7 @@ class Fuzzer:
         self.originals = seeds(folder)
         self.path = folder / "model.gguf"
         self.seed, self.decode, self.loader, self.upstream = seed, decode, loader, upstream
-        self.whose: dict[str, str] = {}  # by what was said
+        self.known: set[str] = set()  # what is said where upstream crashes
 
     def load(self, loader: Loader, case: Case, number: int) -> Answer:
         case.write(self.path)
@@ -485,11 +485,13 @@ class Fuzzer:
         return False
 
     def judge(self, death: Died, case: Case, number: int) -> str:
-        """Where the crash names a line of the sources, the next one there is the same."""
-        known = re.search(r"\.(cpp|c|h):\d+", death.how)
-        if death.how not in self.whose or not known:
-            self.whose[death.how] = "upstream's" if self.crashes_upstream(case, number) else "OURS"
-        return f"crash ({self.whose[death.how]})"
+        """Where a crash of upstream's names a line of the sources, the next one there is the same."""
+        if death.how not in self.known:
+            if not self.crashes_upstream(case, number):
+                return "crash (OURS)"
+            if re.search(r"\.(cpp|c|h):\d+", death.how):
+                self.known.add(death.how)
+        return "crash (upstream's)"
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})

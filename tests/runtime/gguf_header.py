@@ -17,6 +17,7 @@ from tests.runtime.ops import Group, Type
 from tests.runtime.tiny_gguf import write_model
 
 ALIGNMENT = 32
+GROUPED = b"+grouped"
 MAX_FILE_BYTES = 64 << 20  # a header may claim exabytes
 
 # the types of GGUF values
@@ -184,15 +185,22 @@ def plain_files(header: Header, our_keys: bytes) -> list[Header]:
             header = parse(header.to_bytes(), header.arch)
         except (struct.error, KeyError, MemoryError, OverflowError):
             return []
-    grouped, plain = (string(name.encode()) for name in (header.arch + "+grouped", header.arch))
     files = []
     for type in sorted({group.type for group in header.groups()}) or [0]:
         file = copy.deepcopy(header)
+        names = {plain_name(group) for group in file.groups()}
+        file.tensors = [tensor for tensor in file.tensors if tensor.name not in names]
         while groups := file.groups():
             file.merge(file.siblings(groups[0]), type)
-        file.values = [(key, value.replace(grouped, plain)) for key, value in file.values if our_keys not in key]
+        file.values = [(key, _plain_value(key, value)) for key, value in file.values if our_keys not in key]
         files.append(file)
     return files
+
+
+def _plain_value(key: bytes, value: bytes) -> bytes:
+    if key == b"general.architecture" and value.endswith(GROUPED):
+        return struct.pack("<I", STRING) + string(value[12:].removesuffix(GROUPED))
+    return value
 
 
 def _block(type: int) -> tuple[int, int]:
