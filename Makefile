@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # where the patched sources are edited
 PATCHED ?= build/llama.cpp
 
-.PHONY: help setup runtime demo test check patches-apply patches-refresh clean
+.PHONY: help setup runtime demo test check bench-runtime patches-apply patches-refresh clean
 
 help:
 	@echo "make demo             convert the bundled model in both layouts and compare with llama-quantize"
@@ -18,6 +18,7 @@ help:
 	@echo "make check            ruff and mypy"
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
+	@echo "make bench-runtime    measure the runtime's speed against the targets, on a quiet machine"
 	@echo "make patches-apply    unpack the pinned sources into $(PATCHED), one commit per patch, to edit them"
 	@echo "make patches-refresh  write the patches anew from the commits there"
 	@echo "make clean            remove $(VENV) and what make demo wrote (not the runtime cache)"
@@ -48,6 +49,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-runtime: setup
+	$(BIN)/python scripts/bench_runtime.py
 
 patches-apply: $(VENV)/.dependencies
 	$(BIN)/python scripts/patches-apply $(PATCHED)
