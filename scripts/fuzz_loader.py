@@ -4,7 +4,7 @@ A header is that of a tiny model with one to three mutations, the same for the s
 them one after another. Where it dies, another goes on. Such a crash is upstream's, not ours, if the same header with
 its groups merged into plain tensors, and without the keys that our patches read, makes it die too.
 
-    python scripts/fuzz_loader.py -n 10000 --decode [--libraries FOLDER --sanitized]
+    [scripts/sanitized FOLDER] python scripts/fuzz_loader.py -n 10000 --decode
 
 Exits with 1 if a crash is ours, a refusal gives no reason, or a sanitizer complains of the library.
 """
@@ -15,11 +15,9 @@ import collections
 import copy
 import dataclasses
 import math
-import os
 import random
 import re
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -435,23 +433,6 @@ def mutated(seed: int, number: int, originals: list[Case]) -> tuple[Case, list[t
     return header, done
 
 
-def sanitizers() -> dict[str, str]:
-    """The environment of a child whose libraries, but not its Python, are sanitized."""
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")  # the last: ASan looks for exceptions as it starts
-    return {
-        "LD_PRELOAD": ":".join(map(compiler_library, names)),
-        # memory that a header claims in vain is no error; leaks are looked for before Python ends
-        "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=4096:handle_abort=1:leak_check_at_exit=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
-    }
-
-
-def compiler_library(name: str) -> str:
-    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def complaints(stderrs: list[str]) -> collections.Counter[str]:
     """What sanitizers said of the libraries without ending the child, and of how many children."""
     found: collections.Counter[str] = collections.Counter()
@@ -499,8 +480,6 @@ class Fuzzer:
 @click.option("--first", default=0, help="Number of the first header.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--decode", is_flag=True, help="Compute with what loads.")
-@click.option("--libraries", type=click.Path(path_type=Path), help="Folder with libllama [default: the installed one].")
-@click.option("--sanitized", is_flag=True, help="The libraries are built by GCC with address and undefined sanitizers.")
 @click.option(
     "--upstream", type=click.Path(path_type=Path), help="Folder with an unpatched libllama to try plain files."
 )
@@ -510,12 +489,10 @@ def main(
     first: int,
     seed: int,
     decode: bool,
-    libraries: Path | None,
-    sanitized: bool,
     upstream: Path | None,
     keep: Path | None,
 ) -> None:
-    loader = Loader(({"LLAMA_CPP_LIB_PATH": str(libraries)} if libraries else {}) | (sanitizers() if sanitized else {}))
+    loader = Loader()
     judge = Loader({"LLAMA_CPP_LIB_PATH": str(upstream)}) if upstream else Loader(loader.environment)
     if keep:
         keep.mkdir(parents=True, exist_ok=True)

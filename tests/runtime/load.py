@@ -105,7 +105,8 @@ class Loader:
 
 
 def _first_reason(stderr: str) -> str:
-    for pattern in (r"[^\s]+:\d+: (?:GGML_ASSERT|.*[Ff]atal|.*Assertion).*", r"SUMMARY: .*", r"terminate called.*"):
+    patterns = (r"\S+:\d+: (?:GGML_ASSERT|.*[Ff]atal|.*Assertion).*", r"\S+:\d+:\d+: runtime error: .*")
+    for pattern in (*patterns, r"SUMMARY: .*", r"terminate called.*"):
         if match := re.search(pattern, stderr):
             return match[0]
     lines = [line for line in stderr.splitlines() if line.strip()]
