@@ -1,7 +1,7 @@
 """Load a model and save its logits. Run as a child, `python -m tests.runtime.evaluate MODEL OUT.npy OPTION...`.
 
-Options: mmap, repack. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D tokens decoded
-one by one. Where the model cannot be loaded, exits with 3 and what llama.cpp logged.
+Options: mmap, repack, lora=FILE. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D
+tokens decoded one by one. Where the model or the adapter cannot be loaded, exits with 3 and what llama.cpp logged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import llama_cpp
 import numpy as np
 
-N_PROMPT, N_DECODE = 70, 3  # more than the batch floor of the tiled kernels
+N_PROMPT, N_DECODE = 128, 3  # a full ubatch
 CANNOT_LOAD = 3
 
 
@@ -33,9 +33,17 @@ def main(model_path: str, target: str, *options: str) -> None:
         print("".join(logged))
         sys.exit(CANNOT_LOAD)
     context_params = llama_cpp.llama_context_default_params()
-    context_params.n_ctx = context_params.n_batch = context_params.n_ubatch = 128
+    context_params.n_ctx = 256
+    context_params.n_batch = context_params.n_ubatch = N_PROMPT
     context_params.n_threads = context_params.n_threads_batch = 2
     context = llama_cpp.llama_init_from_model(model, context_params)
+    for lora in (option.removeprefix("lora=") for option in options if option.startswith("lora=")):
+        adapter = llama_cpp.llama_adapter_lora_init(model, lora.encode())
+        if not adapter:
+            print("".join(logged))
+            sys.exit(CANNOT_LOAD)
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1)
+        assert llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales) == 0
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
     tokens = np.random.default_rng(0).integers(0, n_vocab, N_PROMPT + N_DECODE)

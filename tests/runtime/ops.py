@@ -66,11 +66,13 @@ class Ops:
         *,
         repack: bool = False,
         n_threads: int = 2,
+        upstream: bool = False,
     ) -> np.ndarray:
         """f32 (T, U, N): one expert per slot. x_TUK may have one row per token, shared by its slots.
 
         With REPACK, each group goes to a repacked buffer if the backend has a kernel for it there, as the model
-        loader decides. The output starts as NaN.
+        loader decides. With UPSTREAM, ggml_mul_mat_id makes the node, which takes one group and no weights. The
+        output starts as NaN.
         """
         base = self.base
         overhead = 32 * base.ggml_tensor_overhead() + base.ggml_graph_overhead()
@@ -103,7 +105,12 @@ class Ops:
                         break
                 base.ggml_backend_tensor_set(tensor, group.blocks.ctypes.data, 0, group.blocks.nbytes)
                 tensors.append(tensor)
-            y = base.ggml_mul_mat_id_ext(compute, (c_void_p * len(tensors))(*tensors), len(tensors), x, ids, weights)
+            if upstream:
+                assert len(tensors) == 1 and weights is None
+                y = base.ggml_mul_mat_id(compute, tensors[0], x, ids)
+            else:
+                tensors_c = (c_void_p * len(tensors))(*tensors)
+                y = base.ggml_mul_mat_id_ext(compute, tensors_c, len(tensors), x, ids, weights)
             self.op_name = base.ggml_op_desc(y).decode()
             assert base.ggml_backend_supports_op(self.backend, y)
             graph = base.ggml_new_graph(compute)

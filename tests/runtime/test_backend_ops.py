@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ def run_tests(*arguments: str) -> tuple[dict[str, Counter[tuple[str, str]]], str
     program = tool("test-backend-ops")
     if not program.is_file():
         pytest.skip("the installed runtime was built without test-backend-ops")
-    command = [program, "test", "-o", ",".join(OPS), *arguments]
+    command: list[str | Path] = [program, "test", "-o", ",".join(OPS), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     failed = "\n".join(line for line in result.stdout.splitlines() if "FAIL" in line)
     assert result.returncode == (1 if failed else 0), (result.returncode, result.stdout[-500:], result.stderr[-2000:])

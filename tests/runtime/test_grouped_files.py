@@ -13,7 +13,7 @@ import pytest
 from moe2gguf.runtime import tool
 from tests.runtime.evaluate import CANNOT_LOAD
 from tests.runtime.ops import Type
-from tests.runtime.tiny_gguf import N_EMBD, N_EXPERT, N_FF, write_model
+from tests.runtime.tiny_gguf import N_EMBD, N_EXPERT, N_FF, expert_matrices, write_model
 
 ROOT = Path(__file__).parents[2]
 THREE_GROUPS = (3, 4, 1)  # one of a single expert
@@ -48,6 +48,9 @@ def run_child(model: Path, target: Path, *options: str) -> subprocess.CompletedP
         # gate and up fused
         ("cohere2moe", Type.Q4_K, ("mmap",)),
         ("cohere2moe", Type.Q4_K, ("repack",)),
+        # biases
+        ("gpt-oss", Type.Q4_K, ("mmap",)),
+        ("gpt-oss", Type.Q4_0, ("repack",)),
     ],
 )
 def test_split_file_has_the_same_logits(ops, tmp_path, arch, type, options) -> None:
@@ -86,6 +89,80 @@ def test_mixed_types_equal_their_decoded_weights(ops, tmp_path, options) -> None
     # Activations are rounded to 8 bits, which puts a file of one type as far off (Q4_K: 2.6 %). A token or two may
     # be sent to another expert by that; a wrong row would put many off by tens of per cent.
     assert np.quantile(error_T, 0.95) < 0.03
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "cohere2moe", "gpt-oss"])
+def test_mixed_types_equal_the_same_values_in_one_type(ops, tmp_path, arch) -> None:
+    """Q4_0 and Q5_0 are Q8_0 with fewer levels: the same integers and scales in one ordinary tensor.
+
+    Both files round the activations to Q8_0, so that only the order of float sums can differ.
+    """
+    path = write_model(tmp_path / "mixed.gguf", ops, arch=arch, groups=[(Type.Q4_0, 3), (Type.Q8_0, 1), (Type.Q5_0, 4)])
+    as_q8: dict[str, list[np.ndarray]] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if "_exps.g" in tensor.name:
+            as_q8.setdefault(tensor.name.split(".g")[0], []).append(to_q8_0(tensor))
+    blocks = {name: np.concatenate(parts) for name, parts in as_q8.items()}
+    plain = write_model(tmp_path / "plain.gguf", ops, arch=arch, blocks=(Type.Q8_0, blocks))
+    mixed, expected = evaluate(path)[0], evaluate(plain)[0]
+    np.testing.assert_allclose(mixed, expected, rtol=0, atol=1e-3 * expected.std())
+
+
+def to_q8_0(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """uint8 (E, N, bytes): the experts of a Q4_0, Q5_0 or Q8_0 tensor, none of their values changed."""
+    data_ENB = np.asarray(tensor.data)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    scales = data_ENB.reshape(*data_ENB.shape[:2], -1, block_bytes)[..., :2]
+    values = gguf.dequantize(data_ENB, tensor.tensor_type).reshape(*scales.shape[:-1], 32)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        levels = np.nan_to_num(values / scales.view(np.float16).astype(np.float32))
+    assert np.abs(levels - levels.round()).max() < 1e-3
+    blocks = np.concatenate([scales, levels.round().astype(np.int8).view(np.uint8)], axis=-1)
+    return blocks.reshape(*data_ENB.shape[:2], -1)
+
+
+LORA_RANK = 4
+
+
+def write_lora(path: Path, arch: str, *, first_group: str) -> Path:
+    """An adapter to all expert matrices. FIRST_GROUP follows their name: ".g0" for those of a grouped file."""
+    rng = np.random.default_rng(5)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, LORA_RANK)
+    for name, weight_ENK in expert_matrices(arch, 0).items():
+        e, n, k = weight_ENK.shape
+        a_ERK = rng.standard_normal((e, LORA_RANK, k), dtype=np.float32) / np.float32(np.sqrt(k))
+        b_ENR = rng.standard_normal((e, n, LORA_RANK), dtype=np.float32) / np.float32(np.sqrt(LORA_RANK))
+        writer.add_tensor(f"{name}{first_group}.weight.lora_a", a_ERK)
+        writer.add_tensor(f"{name}{first_group}.weight.lora_b", b_ENR)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "cohere2moe"])
+def test_lora_on_grouped_experts(ops, tmp_path, arch) -> None:
+    """An adapter has one tensor for all experts, in the file's order. It names the first group."""
+    plain = write_model(tmp_path / "plain.gguf", ops, arch=arch, groups=[(Type.Q4_K, N_EXPERT)])
+    split = write_model(tmp_path / "grouped.gguf", ops, arch=arch, groups=[(Type.Q4_K, n) for n in THREE_GROUPS])
+    plain_lora = write_lora(tmp_path / "plain.lora.gguf", arch, first_group="")
+    split_lora = write_lora(tmp_path / "grouped.lora.gguf", arch, first_group=".g0")
+    expected = evaluate(plain, f"lora={plain_lora}")[0]
+    assert np.abs(expected - evaluate(plain)[0]).max() > 0.1 * expected.std()  # it does something
+    np.testing.assert_array_equal(evaluate(split, f"lora={split_lora}")[0], expected)
+
+
+def test_lora_of_the_plain_file_is_refused(ops, tmp_path) -> None:
+    """Its experts may be in another order."""
+    path = write_model(tmp_path / "grouped.gguf", ops, groups=grouped(3))
+    lora = write_lora(tmp_path / "lora.gguf", "qwen3moe", first_group="")
+    result = run_child(path, tmp_path / "logits.npy", f"lora={lora}")
+    assert result.returncode == CANNOT_LOAD
+    assert "LoRA tensor 'blk.0.ffn_down_exps.weight' does not exist in base model" in result.stdout
 
 
 def grouped(n_groups: int) -> list[tuple[Type, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import gguf
 import numpy as np
 import pytest
 
@@ -35,11 +36,21 @@ MIXES = [
     ((Type.Q4_1, 6), (Type.BF16, 6)),
     # one tensor: a plain MUL_MAT_ID
     ((Type.Q4_K, 12),),
+    ((Type.F16, 12),),
+]
+# what the CPU computes with
+TYPES = [
+    *(Type.F32, Type.F16, Type.BF16),
+    *(Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.MXFP4, Type.TQ1_0, Type.TQ2_0),
+    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
+    *(Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S),
+    *(Type.IQ4_NL, Type.IQ4_XS),
 ]
 N_TOKENS = [
     1,  # decoding
     3,
     70,  # more rows of an expert than any kernel takes at a time, and the batch floor of the tiled kernels
+    512,  # a full ubatch
 ]
 
 
@@ -55,7 +66,27 @@ def weight_ENK() -> np.ndarray:
 @pytest.fixture(scope="module")
 def experts_of(ops, weight_ENK) -> Callable[[Type], Group]:
     """All experts in a type, quantised once."""
-    return functools.cache(lambda type: ops.quantize(type, weight_ENK))
+
+    def encode(type: Type) -> Group:
+        if type in (Type.IQ1_S, Type.IQ1_M, Type.IQ2_XS, Type.IQ2_S):
+            return random_blocks(type)
+        return ops.quantize(type, weight_ENK)
+
+    return functools.cache(encode)
+
+
+def random_blocks(type: Type) -> Group:
+    """Any indices into the tables of an IQ type, with a scale of 0.01: ggml takes seconds to prepare to encode."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[type]
+    blocks = np.random.default_rng(type).integers(0, 256, (E, N, K // block_size, block_bytes), dtype=np.uint8)
+    scale = np.float16(0.01).view(np.uint16)
+    if type == Type.IQ1_M:  # a nibble at the top of each of the last four 16-bit words
+        words = blocks[..., -8:].view(np.uint16)
+        words &= 0x0FFF
+        words |= (scale >> np.array([0, 4, 8, 12], dtype=np.uint16) & 0xF) << 12
+    else:
+        blocks[..., :2].view(np.uint16)[...] = scale
+    return Group(type, blocks.reshape(E, N, -1))
 
 
 def draw_ids(rng: np.random.Generator, n_tokens: int, experts: np.ndarray) -> np.ndarray:
@@ -75,7 +106,7 @@ def unmerged(ops: Ops, groups: list[Group], experts_of, x_TUK, ids_TU, *, repack
     for group in groups:
         n = len(group.blocks)
         # a lone expert is in a plain buffer, see MIXES
-        of_type_TUN = ops.mul_mat_id([experts_of(group.type)], x_TUK, ids_TU, repack=repack and n > 1)
+        of_type_TUN = ops.mul_mat_id([experts_of(group.type)], x_TUK, ids_TU, repack=repack and n > 1, upstream=True)
         assert ops.op_name == "MUL_MAT_ID"
         own_TU = (ids_TU >= first) & (ids_TU < first + n)
         y_TUN[own_TU] = of_type_TUN[own_TU]
@@ -98,6 +129,24 @@ def test_groups_equal_unmerged(ops, experts_of, mix, n_tokens, repack) -> None:
             y_TUN = ops.mul_mat_id(groups, x_TUK, ids_TU, repack=repack, n_threads=n_threads)
             assert ops.op_name == ("MUL_MAT_ID" if len(mix) == 1 else "MUL_MAT_ID_GRP")
             np.testing.assert_array_equal(y_TUN, expected)
+
+
+@pytest.mark.parametrize("type", TYPES, ids=lambda type: type.name)
+def test_random_mixes_equal_unmerged(ops, experts_of, type) -> None:
+    """Each type beside others drawn at random, in groups of random sizes."""
+    rng = np.random.default_rng(type)
+    for n_tokens, repack in ((1, False), (1, True), (19, True), (40, False)):
+        others = [TYPES[i] for i in rng.permutation(len(TYPES)) if TYPES[i] != type]
+        n_groups = int(rng.integers(2, 8))
+        cuts = np.sort(rng.permutation(np.arange(1, E))[: n_groups - 1])
+        types = rng.permutation(np.array([type, *others[: n_groups - 1]])).tolist()
+        mix = tuple(zip(map(Type, types), np.diff([0, *cuts, E]).tolist(), strict=True))
+        ids_TU = draw_ids(rng, n_tokens, np.arange(E))
+        x_TUK = rng.standard_normal((n_tokens, 1, K), dtype=np.float32)
+        expected = unmerged(ops, make_groups(experts_of, mix), experts_of, x_TUK, ids_TU, repack=repack)
+        assert np.isfinite(expected).all() and expected.std() > 0.1
+        y_TUN = ops.mul_mat_id(make_groups(experts_of, mix), x_TUK, ids_TU, repack=repack)
+        np.testing.assert_array_equal(y_TUN, expected, err_msg=mix_id(mix))
 
 
 def test_float_groups_equal_numpy(ops, experts_of, weight_ENK) -> None:

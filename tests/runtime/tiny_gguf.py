@@ -36,14 +36,26 @@ def dense_and_router(arch: str, seed: int) -> dict[str, np.ndarray]:
                 "attn_k_norm": np.ones(HEAD_DIM, np.float32),
                 "ffn_norm": np.ones(N_EMBD, np.float32),
             }
+        if arch == "gpt-oss":
+            layer |= {"post_attention_norm": np.ones(N_EMBD, np.float32), "attn_sinks": matrix(1, N_HEAD)[0]}
+            biases = {
+                "attn_output": matrix(1, N_EMBD)[0],
+                "ffn_gate_inp": matrix(1, N_EXPERT)[0],
+                "ffn_gate_exps": matrix(N_EXPERT, N_FF),
+                "ffn_up_exps": matrix(N_EXPERT, N_FF),
+                "ffn_down_exps": matrix(N_EXPERT, N_EMBD),
+            }
+            tensors |= {f"blk.{i}.{name}.bias": array for name, array in biases.items()}
         tensors |= {f"blk.{i}.{name}.weight": array for name, array in layer.items()}
+    if arch == "gpt-oss":
+        tensors["output.weight"] = matrix(N_VOCAB, N_EMBD)
     return tensors
 
 
 def expert_matrices(arch: str, seed: int) -> dict[str, np.ndarray]:
-    """The expert matrices, f32 (E, N, K): gate and up apart in qwen3moe, fused in cohere2moe."""
+    """The expert matrices, f32 (E, N, K): gate and up fused in cohere2moe, else apart."""
     rng = np.random.default_rng(seed)
-    shapes = {"ffn_gate_exps": N_FF, "ffn_up_exps": N_FF} if arch == "qwen3moe" else {"ffn_gate_up_exps": 2 * N_FF}
+    shapes = {"ffn_gate_up_exps": 2 * N_FF} if arch == "cohere2moe" else {"ffn_gate_exps": N_FF, "ffn_up_exps": N_FF}
     matrices = {}
     for i in range(N_LAYER):
         for name, n in {**shapes, "ffn_down_exps": N_EMBD}.items():
@@ -62,12 +74,13 @@ def write_model(
     suffix: str | None = None,
     rename: Mapping[str, str] = {},
     extra: Mapping[str, np.ndarray] = {},
+    blocks: tuple[Type, Mapping[str, np.ndarray]] | None = None,
     seed: int = 7,
 ) -> Path:
     """Write a model whose experts are split into GROUPS of (type, number of experts); one group is a plain tensor.
 
     To make a file malformed: SUFFIX overrides what follows the architecture's name, RENAME changes or (with "")
-    drops tensor names, EXTRA adds f32 tensors.
+    drops tensor names, EXTRA adds f32 tensors. BLOCKS are the expert matrices where they are quantised already.
     """
     writer = gguf.GGUFWriter(path, arch)
     if suffix is None:
@@ -88,9 +101,10 @@ def write_model(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_expert_count(N_EXPERT)
     writer.add_expert_used_count(N_USED)
+    if arch in ("cohere2moe", "gpt-oss"):
+        writer.add_sliding_window(128)
     if arch == "cohere2moe":
         writer.add_layer_norm_eps(1e-5)
-        writer.add_sliding_window(128)
         writer.add_logit_scale(1.0)
         writer.add_leading_dense_block_count(0)
 
@@ -101,7 +115,10 @@ def write_model(
 
     for name, array in dense_and_router(arch, seed).items():
         add(name, array)
-    for name, weight_ENK in expert_matrices(arch, seed + 1).items():
+    type, quantised = blocks or (Type.F32, {})
+    for name, blocks_ENB in quantised.items():
+        add(f"{name}.weight", blocks_ENB, type)
+    for name, weight_ENK in expert_matrices(arch, seed + 1).items() if blocks is None else ():
         first = 0
         for i, (type, n) in enumerate(groups):
             group = ops.quantize(type, weight_ENK[first : first + n])
