@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import gguf
@@ -115,6 +115,16 @@ def routed_embeddings(shape: Shape, rng: np.random.Generator) -> np.ndarray:
 def skip_threshold(shape: Shape, share: float) -> float:
     """The ratio to a token's largest weight below which lies the SHARE of all slots."""
     return 0.02 + 0.96 * share * shape.n_used / (shape.n_used - 1)
+
+
+def read_afresh(path: Path) -> None:
+    """Have the file in the page cache as reading brings it there: mapping what was just written takes much longer."""
+    with path.open("rb+", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(1 << 24):
+            pass
 
 
 def write_model(
@@ -207,6 +217,7 @@ def write_model(
     for _, _, make in drawn.values():
         writer.write_tensor_data(make())
     writer.close()
+    read_afresh(path)
     dense_bytes = sum(array.nbytes for name, array in constants.items() if name != "token_embd.weight")
     return ModelFile(path, expert_bytes, dense_bytes + expert_bytes * shape.n_used // shape.n_expert)
 
@@ -234,98 +245,95 @@ class Files:
 
 
 def child(path: str, n_decode: int, n_threads: int) -> None:
-    """Open a model, say how long that took, then obey lines that say "decode", "prompt" or "skipped".
+    """Open a model, then obey lines that say "decode", "prompt", "load" or "skipped".
 
-    Answers are lines of JSON: (seconds, CPU seconds) per token; the share of expert activations skipped since the
-    last such question, which needs LLAMA_EXPERT_SKIP_COUNT in the environment.
+    Answers are lines of JSON: (seconds, CPU seconds) per token, or of loading once more; the share of expert
+    activations skipped since the last such question, which needs LLAMA_EXPERT_SKIP_COUNT in the environment.
     """
     import llama_cpp
 
-    said: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, user_data: Any) -> None:
-        said.append(text.decode(errors="replace"))
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    # back to stderr: the module's callback in Python would take a part of the time of loading
+    llama_cpp.llama_log_set(ctypes.cast(0, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    begin = time.perf_counter()
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
-    load_seconds = time.perf_counter() - begin
+    model_params = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
     if not model:
-        sys.exit(f"cannot load {path}:\n{''.join(said[-20:])}")
+        sys.exit(f"cannot load {path}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 2 * N_PROMPT, N_PROMPT, N_PROMPT
     params.n_threads = params.n_threads_batch = n_threads
     context = llama_cpp.llama_init_from_model(model, params)
     n_layer = llama_cpp.llama_model_n_layer(model)
-    said.clear()
 
     def decode(*tokens: int) -> None:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
-            sys.exit(f"llama_decode failed on {path}:\n{''.join(said)}")
+            sys.exit(f"llama_decode failed on {path}")
 
-    print(json.dumps(load_seconds), flush=True)
     for line in sys.stdin:
         command = line.strip()
         if command == "skipped":
             n_computed, n_skipped = (ctypes.c_uint64 * n_layer)(), (ctypes.c_uint64 * n_layer)()
+            count_slots = llama_cpp.llama_cpp._lib.llama_perf_expert_slots
+            count_slots.restype = ctypes.c_bool
             for il in range(n_layer):
                 slots = ctypes.byref(n_computed, 8 * il), ctypes.byref(n_skipped, 8 * il)
-                if not llama_cpp.llama_cpp._lib.llama_perf_expert_slots(ctypes.c_void_p(context), il, *slots):
+                if not count_slots(ctypes.c_void_p(context), il, *slots):
                     sys.exit("the library does not count skipped activations")
             llama_cpp.llama_perf_context_reset(context)
             print(json.dumps(sum(n_skipped) / (sum(n_computed) + sum(n_skipped))), flush=True)
             continue
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        n_tokens = N_PROMPT if command == "prompt" else n_decode
+        n_tokens = {"decode": n_decode, "prompt": N_PROMPT, "load": 1}[command]
+        again = None
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        if command == "prompt":
+        if command == "load":
+            again = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
+        elif command == "prompt":
             decode(*range(N_PROMPT))
         else:
-            for i in range(n_tokens):
+            for i in range(n_decode):
                 decode(i)
         llama_cpp.llama_synchronize(context)
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+        if again:
+            llama_cpp.llama_model_free(again)
         print(json.dumps([seconds / n_tokens, cpu_seconds / n_tokens]), flush=True)
 
 
 @dataclasses.dataclass
 class Child:
     process: subprocess.Popen[str]
-    load_seconds: float = 0.0
+    errors: IO[str]
 
     def ask(self, command: str) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise click.ClickException(f"a measuring process died: {self.process.args!r}")
+            self.errors.seek(0)
+            raise click.ClickException("a measuring process died:\n" + "".join(self.errors.readlines()[-10:]))
         return json.loads(line)
 
 
 @contextmanager
 def open_child(library: Path, path: Path, n_decode: int, n_threads: int, env: Mapping[str, str]) -> Iterator[Child]:
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--child", str(path), str(n_decode), str(n_threads)],
-        env={**os.environ, "LLAMA_CPP_LIB_PATH": str(library), **env},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        opened = Child(process)
-        opened.load_seconds = opened.answer()
-        yield opened
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--child", str(path), str(n_decode), str(n_threads)],
+            env={**os.environ, "LLAMA_CPP_LIB_PATH": str(library), **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield Child(process, errors)
+        finally:
+            process.kill()
+            process.wait()
 
 
 # ---- comparing
@@ -420,12 +428,14 @@ class Bench:
     def open(self, subject: Subject, n_decode: int) -> AbstractContextManager[Child]:
         return open_child(subject.library, subject.file.path, n_decode, self.n_threads, subject.env)
 
-    def measure(self, subjects: Sequence[Subject], shape: Shape) -> dict[str, Times]:
-        """Times of decoding and of a prompt, by "decode" and "prompt"."""
+    def measure(
+        self, subjects: Sequence[Subject], shape: Shape, commands: Sequence[str] = ("decode", "prompt")
+    ) -> dict[str, Times]:
+        """Times by command."""
         with ExitStack() as stack:
             children = [(s.name, stack.enter_context(self.open(s, shape.n_decode))) for s in subjects]
             result: dict[str, Times] = {}
-            for command in ("decode", "prompt"):
+            for command in commands:
                 for _, opened in children:
                     opened.ask("decode")  # reads the file, wakes the threads
                 taken: dict[str, list[list[float]]] = {s.name: [] for s in subjects}
@@ -502,16 +512,11 @@ class Bench:
     def load(self) -> Iterator[Row]:
         for types in (K_TYPES, I_TYPES):
             plain, grouped = self.files.get(QWEN, *types), self.files.get(QWEN, *types, grouped=True)
-            ratios = []
-            for i in range(self.n_rounds):
-                seconds = {}
-                for file in (plain, grouped) if i % 2 == 0 else (grouped, plain):
-                    with self.open(Subject("", self.patched, file), 1) as opened:
-                        seconds[file] = opened.load_seconds
-                ratios.append(seconds[plain] / seconds[grouped])
+            subjects = [Subject("plain", self.patched, plain), Subject("grouped", self.patched, grouped)]
+            times = self.measure(subjects, QWEN, ("load",))["load"]
             size = grouped.path.stat().st_size / plain.path.stat().st_size
             what = f"Q {'+'.join(t.name for t in types)} grouped, {size:.3f} times the size"
-            yield compared("load", what, "load", np.array(ratios), target=1.0)
+            yield compared("load", what, "load", times["plain"] / times["grouped"], target=1.0)
 
 
 # ---- the machine and the other library
