@@ -265,9 +265,15 @@ def child(path: str, n_decode: int, n_threads: int) -> None:
     context = llama_cpp.llama_init_from_model(model, params)
     n_layer = llama_cpp.llama_model_n_layer(model)
 
-    def decode(*tokens: int) -> None:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) != 0:
+    batch = llama_cpp.llama_batch_init(N_PROMPT, 0, 1)
+
+    def decode(first: int, n: int) -> None:
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i] = batch.pos[i] = first + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = 1  # the last layer computes only the tokens with logits
+        if llama_cpp.llama_decode(context, batch) != 0:
             sys.exit(f"llama_decode failed on {path}")
 
     for line in sys.stdin:
@@ -290,10 +296,10 @@ def child(path: str, n_decode: int, n_threads: int) -> None:
         if command == "load":
             again = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
         elif command == "prompt":
-            decode(*range(N_PROMPT))
+            decode(0, N_PROMPT)
         else:
             for i in range(n_decode):
-                decode(i)
+                decode(i, 1)
         llama_cpp.llama_synchronize(context)
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
         if again:
@@ -312,10 +318,12 @@ class Child:
         self.process.stdin.flush()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line:
+        try:
+            return json.loads(line)
+        except ValueError:  # it ended, perhaps with a debugger's output
             self.errors.seek(0)
-            raise click.ClickException("a measuring process died:\n" + "".join(self.errors.readlines()[-10:]))
-        return json.loads(line)
+            text = "".join(self.errors.readlines()[-10:])
+            raise click.ClickException(f"a measuring process died: {line}{text}") from None
 
 
 @contextmanager
