@@ -51,7 +51,7 @@ from moe2gguf.runtime.toolchain import find_toolchain
 from moe2gguf.runtime.upstream import fetch_sdist, read_upstream, unpack
 
 N_PROMPT = 512  # tokens of a prompt, and of the vocabulary: token v has its own experts
-HEAD_DIM, N_HEAD = 64, 4
+HEAD_DIM, N_HEAD = 64, 2
 SKIPPED = (0.0, 0.15, 0.30, 0.50)
 SECTIONS = ("groups", "ordinary", "skip", "load")
 
@@ -143,8 +143,9 @@ def write_model(
             encoded[quant_type, n_columns] = ggml.encode(weight_RK, quant_type)
         return encoded[quant_type, n_columns]
 
-    def matrix(n_rows: int, n_columns: int, scale: float = 1.0) -> np.ndarray:
-        return rng.standard_normal((n_rows, n_columns), np.float32) * np.float32(scale / np.sqrt(n_columns))
+    def matrix(n_rows: int, n_columns: int) -> np.ndarray:
+        weight_RK = rng.standard_normal((n_rows, n_columns), np.float32) / np.float32(np.sqrt(n_columns))
+        return ggml.encode(weight_RK, QuantType.Q8_0)
 
     def experts(quant_type: QuantType, n_expert: int, projection: str) -> Callable[[], np.ndarray]:
         k, n = (shape.n_ff, shape.n_embd) if projection == "down" else (shape.n_embd, shape.n_ff)
@@ -203,7 +204,8 @@ def write_model(
         writer.add_array("qwen3moe.expert_skip_frequency", [0.0] * shape.n_layer)
         writer.add_float32("qwen3moe.expert_skip_strength", 0.0)
     for name, array in constants.items():
-        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+        raw_type = QuantType.Q8_0 if array.dtype == np.uint8 else None
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, raw_dtype=raw_type)
     expert_bytes = 0
     for name, (quant_type, shape_ENK, _) in drawn.items():
         n_bytes = int(np.prod(shape_ENK[:-1])) * ggml.row_bytes(quant_type, shape_ENK[-1])
