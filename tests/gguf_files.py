@@ -92,3 +92,35 @@ def write_moe(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def rewritten(
+    path: Path,
+    out: Path,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    *,
+    plain: bool = False,  # without "+grouped" after the architecture
+    arrays: Mapping[str, Sequence[float]] | None = None,  # more keys, after the architecture's prefix
+) -> Path:
+    """A GGUF with the key-values of another, and its tensors or these as F32."""
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    prefix = arch.removesuffix("+grouped")
+    writer = gguf.GGUFWriter(out, prefix if plain else arch)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    for key, values in (arrays or {}).items():
+        writer.add_key_value(f"{prefix}.{key}", list(values), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.FLOAT32)
+    if tensors is None:
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    else:
+        for name, value in tensors.items():
+            writer.add_tensor(name, np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

@@ -21,6 +21,7 @@ from moe2gguf.stats import load_stats
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, MIDDLE_BITS, N_EXPERTS, Converted, cheap_measurements
 from tests.dequantised import dequantised_checkpoint, dequantised_tensors
+from tests.gguf_files import rewritten
 from tests.logits import llama_logits, transformers_logits
 from tests.tiny_moe import MODEL_TYPES
 
@@ -52,22 +53,6 @@ def expert_types(path: Path) -> dict[tuple[int | None, str], list[str]]:
     return types
 
 
-def write_floats(like: Path, out: Path, tensors: dict[str, np.ndarray], arch: str) -> Path:
-    """A GGUF with the key-values of another, and these tensors as F32."""
-    writer = gguf.GGUFWriter(out, arch)
-    for field in gguf.GGUFReader(like).fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
-    for name, value in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
 def as_it_stands(path: Path, out: Path) -> Path:
     """The file with every block as the floats it stands for: same tensors, same groups, same order of experts."""
     reader = gguf.GGUFReader(path)
@@ -75,7 +60,7 @@ def as_it_stands(path: Path, out: Path) -> Path:
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(map(int, tensor.shape[::-1])))
         for tensor in reader.tensors
     }
-    return write_floats(path, out, floats, reader.get_field("general.architecture").contents())
+    return rewritten(path, out, floats)
 
 
 def in_checkpoint_order(path: Path, out: Path, *, rolled: str = "") -> Path:
@@ -86,8 +71,7 @@ def in_checkpoint_order(path: Path, out: Path, *, rolled: str = "") -> Path:
     floats = dequantised_tensors(path)
     if rolled:
         floats[rolled] = np.roll(floats[rolled], 1, axis=0)
-    arch = gguf.GGUFReader(path).get_field("general.architecture").contents().removesuffix("+grouped")
-    return write_floats(path, out, floats, arch)
+    return rewritten(path, out, floats, plain=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

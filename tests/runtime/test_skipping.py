@@ -1,0 +1,312 @@
+"""Experts skipped at run time, against transformers with the same rules written out as loops over tokens.
+
+Shapes: T tokens, K experts per token, V vocabulary.
+"""
+
+import ctypes
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe2gguf.experts import find_experts
+from moe2gguf.pipeline import write_float
+from tests.gguf_files import rewritten
+from tests.test_architectures import as_it_stands, in_checkpoint_order
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
+
+TOP_K = 3
+FLOAT_NOISE = 5e-5  # of the logits' spread; a slot more or less moves them by 1e-2
+SEQUENCES = tuple(np.random.default_rng(s).integers(0, 300, n).tolist() for s, n in enumerate((40, 25, 1)))
+# softmax, rescaled; softmax as it is; sigmoid with biased selection within groups; softmax of the selected, biases
+MODEL_TYPES = ("qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    ratio: float = 0.0
+    protect_norm: float = 0.0
+    frequency: float = 0.0
+
+    def written(self, path: Path, out: Path) -> Path:
+        """The file with the rule's thresholds in every layer."""
+        fields = gguf.GGUFReader(path).fields
+        n_layers = next(field.contents() for key, field in fields.items() if key.endswith(".block_count"))
+        values = {
+            "expert_skip_ratio": self.ratio,
+            "expert_skip_protect_norm": self.protect_norm,
+            "expert_skip_frequency": self.frequency,
+        }
+        return rewritten(path, out, arrays={key: [value] * n_layers for key, value in values.items()})
+
+    def kept(
+        self, x_TD: np.ndarray, ids_TK: np.ndarray, gates_TK: np.ndarray, windows: Sequence[tuple], n: int
+    ) -> np.ndarray:
+        """bool (T, K). A window is what one sequence has in one ubatch; n experts."""
+        kept_TK = np.ones(gates_TK.shape, bool)
+        for t, gates_K in enumerate(gates_TK):
+            norm = np.abs(x_TD[t]).sum()
+            protected = 0 < self.protect_norm <= norm
+            frequent = set(ids_TK[t])
+            if self.frequency:
+                tokens = [other for other, window in enumerate(windows) if window == windows[t]]
+                counts = np.bincount(ids_TK[tokens].ravel(), minlength=n)
+                frequent = {e for e in range(n) if counts[e] >= self.frequency * len(tokens) * len(gates_K) / n}
+            for k, gate in enumerate(gates_K):
+                if gate < self.ratio * gates_K.max() and not protected:
+                    kept_TK[t, k] = False
+                if ids_TK[t, k] not in frequent and gate < gates_K.max():
+                    kept_TK[t, k] = False
+        return kept_TK
+
+
+@contextmanager
+def skipping(
+    model: torch.nn.Module,
+    rule: Rule,
+    windows: Sequence[tuple],
+    seen: dict[int, np.ndarray],
+    norms: dict[int, np.ndarray],
+) -> Iterator[None]:
+    """The rule applied to what each layer's experts are given. Fills in, per layer, what was kept and the norms."""
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        block = find_experts(layer)
+        if block is None:
+            continue
+
+        def hook(_module, args, kwargs, index=index, n=block.n_experts):
+            values = [*args, *kwargs.values()]
+            x_TD, ids_TK, gates_TK = (v.detach().reshape(-1, v.shape[-1]) for v in values[:3])
+            kept_TK = rule.kept(x_TD.numpy(), ids_TK.numpy(), gates_TK.numpy(), windows, n)
+            seen[index] = kept_TK
+            norms[index] = x_TD.abs().sum(-1).numpy()
+            masked_TK = gates_TK * torch.from_numpy(kept_TK)
+            masked_TK = masked_TK * (gates_TK.sum(-1, keepdim=True) / masked_TK.sum(-1, keepdim=True))
+            values[2] = masked_TK.reshape(values[2].shape)
+            return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+        handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reference(
+    folder: Path, rule: Rule, sequence: list[int], windows: Sequence[tuple]
+) -> tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Logits f32 (T, V), kept slots and norms per layer of one sequence by itself."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    seen: dict[int, np.ndarray] = {}
+    norms: dict[int, np.ndarray] = {}
+    with torch.inference_mode(), skipping(model, rule, windows, seen, norms):
+        return model(torch.tensor([sequence])).logits[0].numpy(), seen, norms
+
+
+def decoded(
+    path: Path,
+    sequences: Sequence[list[int]],
+    *,
+    n_ubatch: int = 128,
+    one_by_one: bool = False,
+    overrides: dict[str, int | float] | None = None,
+) -> tuple[list[np.ndarray], dict[int, tuple[int, int]]]:
+    """Logits f32 (T, V) of each sequence, all in one batch or token by token, and (computed, skipped) by MoE layer."""
+    keys = overrides or {}
+    params = llama_cpp.llama_model_default_params()
+    array = (llama_cpp.llama_model_kv_override * (len(keys) + 1))()
+    for i, (key, value) in enumerate(keys.items()):
+        array[i].key = key.encode()
+        is_int = isinstance(value, int)
+        array[i].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT if is_int else llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT
+        if is_int:
+            array[i].value.val_i64 = value
+        else:
+            array[i].value.val_f64 = value
+    params.kv_overrides = array
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    assert model
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = 512, 256, n_ubatch
+    settings.n_seq_max, settings.kv_unified = len(sequences), True
+    settings.n_threads = settings.n_threads_batch = 2
+    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, settings)
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    tokens = [(s, p, token) for s, sequence in enumerate(sequences) for p, token in enumerate(sequence)]
+    found: list[list[np.ndarray]] = [[] for _ in sequences]
+    for part in [[t] for t in tokens] if one_by_one else [tokens]:
+        batch = llama_cpp.llama_batch_init(len(part), 0, 1)
+        batch.n_tokens = len(part)
+        for i, (s, p, token) in enumerate(part):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, p, 1, 1
+            batch.seq_id[i][0] = s
+        assert llama_cpp.llama_decode(context, batch) == 0
+        for i, (s, _, _) in enumerate(part):
+            pointer = llama_cpp.llama_get_logits_ith(context, i)
+            found[s].append(np.ctypeslib.as_array(pointer, (n_vocab,)).copy())
+        llama_cpp.llama_batch_free(batch)
+    counts = {layer: slots(context, layer) for layer in range(llama_cpp.llama_model_n_layer(model))}
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return [np.array(rows) for rows in found], {layer: of for layer, of in counts.items() if any(of)}
+
+
+def slots(context, layer: int) -> tuple[int, int]:
+    function = llama_cpp.llama_cpp._lib.llama_perf_expert_slots
+    function.restype = ctypes.c_bool
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
+    computed, skipped = ctypes.c_uint64(), ctypes.c_uint64()
+    function(context, layer, ctypes.byref(computed), ctypes.byref(skipped))
+    return computed.value, skipped.value
+
+
+@pytest.fixture
+def with_rule(tiny: Callable[..., Path], tmp_path: Path) -> Callable[[str, Rule], tuple[Path, Path]]:
+    """(checkpoint, F32 file with the rule's thresholds)."""
+
+    def make(model_type: str, rule: Rule) -> tuple[Path, Path]:
+        folder = tiny(model_type, top_k=TOP_K)
+        plain = tmp_path / f"{model_type}.gguf"
+        if not plain.exists():
+            write_float(folder, plain, ftype="f32")
+        return folder, rule.written(plain, tmp_path / f"{model_type}-rule.gguf")
+
+    return make
+
+
+def same(logits_TV: np.ndarray, wanted_TV: np.ndarray) -> None:
+    np.testing.assert_allclose(logits_TV, wanted_TV, rtol=0, atol=FLOAT_NOISE * wanted_TV.std())
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "decode"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_by_router_weight(model_type: str, one_by_one: bool, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token by its own weights, so that prompt and decoding skip the same. The library counts them."""
+    monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
+    rule = Rule(ratio=0.6)
+    folder, path = with_rule(model_type, rule)
+    sequence = SEQUENCES[0]
+    wanted, seen, _ = reference(folder, rule, sequence, [(0,)] * len(sequence))
+    (logits_TV,), counts = decoded(path, [sequence], one_by_one=one_by_one)
+    same(logits_TV, wanted)
+    assert counts == {layer: (kept_TK.sum(), (~kept_TK).sum()) for layer, kept_TK in seen.items()}
+    assert all(skipped > 10 for _, skipped in counts.values())
+
+
+def test_protected_tokens_keep_all(with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
+    sequence = SEQUENCES[0]
+    windows = [(0,)] * len(sequence)
+    folder, _ = with_rule("qwen3_moe", Rule())
+    _, _, norms = reference(folder, Rule(), sequence, windows)
+    rule = Rule(ratio=0.9, protect_norm=float(np.median(norms[0])))
+    folder, path = with_rule("qwen3_moe", rule)
+    wanted, seen, _ = reference(folder, rule, sequence, windows)
+    (logits_TV,), counts = decoded(path, [sequence])
+    same(logits_TV, wanted)
+    assert counts == {layer: (kept_TK.sum(), (~kept_TK).sum()) for layer, kept_TK in seen.items()}
+    _, unprotected = decoded(with_rule("qwen3_moe", Rule(ratio=0.9))[1], [sequence])
+    assert 0 < counts[0][1] < unprotected[0][1]
+
+
+@pytest.mark.parametrize("n_ubatch", [128, 16])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_by_frequency(model_type: str, n_ubatch: int, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences in one ubatch, one of them of a single token; and a prompt over several ubatches."""
+    monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
+    rule = Rule(frequency=1.0)
+    folder, path = with_rule(model_type, rule)
+    logits, counts = decoded(path, SEQUENCES, n_ubatch=n_ubatch)
+    place, kept = 0, dict.fromkeys(counts, (0, 0))
+    for sequence, logits_TV in zip(SEQUENCES, logits, strict=True):
+        windows = [((place + t) // n_ubatch,) for t in range(len(sequence))]
+        place += len(sequence)
+        wanted, seen, _ = reference(folder, rule, sequence, windows)
+        same(logits_TV, wanted)
+        kept = {
+            layer: (kept[layer][0] + kept_TK.sum(), kept[layer][1] + (~kept_TK).sum())
+            for layer, kept_TK in seen.items()
+        }
+    assert counts == kept
+    assert all(skipped > 10 for _, skipped in counts.values())
+
+
+def test_both_rules(with_rule) -> None:
+    rule = Rule(ratio=0.4, frequency=0.9)
+    folder, path = with_rule("olmoe", rule)
+    sequence = SEQUENCES[0]
+    wanted, _, _ = reference(folder, rule, sequence, [(0,)] * len(sequence))
+    same(decoded(path, [sequence])[0][0], wanted)
+
+
+@pytest.mark.parametrize("off", ["integer", "float", "environment"])
+def test_strength_zero_is_off(off: str, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what the file without thresholds gives."""
+    _, path = with_rule("qwen3_moe", Rule(ratio=0.6, frequency=0.9))
+    (plain_TV,), _ = decoded(path.with_name("qwen3_moe.gguf"), [SEQUENCES[0]])
+    overrides: dict[str, int | float] = {}
+    if off == "environment":
+        monkeypatch.setenv("LLAMA_EXPERT_SKIP", "0")
+    else:
+        overrides["qwen3moe.expert_skip_strength"] = 0 if off == "integer" else 0.0
+    (logits_TV,), _ = decoded(path, [SEQUENCES[0]], overrides=overrides)
+    assert np.array_equal(logits_TV, plain_TV)
+    assert not np.array_equal(decoded(path, [SEQUENCES[0]], overrides={})[0][0], plain_TV) or off == "environment"
+
+
+def test_strength_scales_the_thresholds(with_rule) -> None:
+    sequence = SEQUENCES[0]
+    folder, path = with_rule("qwen3_moe", Rule(ratio=0.3))
+    wanted, _, _ = reference(folder, Rule(ratio=0.6), sequence, [(0,)] * len(sequence))
+    same(decoded(path, [sequence], overrides={"qwen3moe.expert_skip_strength": 2.0})[0][0], wanted)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "decode"])
+def test_all_but_the_top_is_one_expert_per_token(one_by_one: bool, with_rule) -> None:
+    _, path = with_rule("qwen3_moe", Rule(ratio=0.01))
+    sequence = SEQUENCES[0]
+    (logits_TV,), _ = decoded(
+        path, [sequence], one_by_one=one_by_one, overrides={"qwen3moe.expert_skip_strength": 1000.0}
+    )
+    (wanted_TV,), _ = decoded(
+        path.with_name("qwen3_moe.gguf"),
+        [sequence],
+        one_by_one=one_by_one,
+        overrides={"qwen3moe.expert_used_count": 1},
+    )
+    same(logits_TV, wanted_TV)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES[:2])
+def test_grouped_files_skip_alike(model_type: str, converted, tmp_path: Path) -> None:
+    """Several tensors in one operation, experts in another order: as one tensor in the checkpoint's order."""
+    path = converted(model_type).results["grouped"].path
+    rule = Rule(ratio=0.7, frequency=0.9)
+    grouped = rule.written(as_it_stands(path, tmp_path / "groups.gguf"), tmp_path / "rule.gguf")
+    plain = rule.written(in_checkpoint_order(path, tmp_path / "one.gguf"), tmp_path / "plain.gguf")
+    everything = decoded(plain, SEQUENCES, overrides={f"{model_type.replace('_', '')}.expert_skip_strength": 0})[0]
+    for one_by_one in (False, True):
+        logits, wanted = (decoded(file, SEQUENCES, one_by_one=one_by_one)[0] for file in (grouped, plain))
+        for logits_TV, wanted_TV in zip(logits, wanted, strict=True):
+            same(logits_TV, wanted_TV)
+        assert np.abs(wanted[0] - everything[0]).max() > 1e-2 * everything[0].std()
+    # and the quantised file itself, whose kernels leave out the same slots
+    assert all(np.isfinite(l).all() for l in decoded(rule.written(path, tmp_path / "q.gguf"), SEQUENCES)[0])
+
+
+@pytest.mark.parametrize("value", ["much", "", "-1", "nan", "inf"])
+def test_a_strength_that_is_none(value: str, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = with_rule("qwen3_moe", Rule(ratio=0.6))
+    monkeypatch.setenv("LLAMA_EXPERT_SKIP", value)
+    assert not llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
