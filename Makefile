@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # where the CPU build of torch is; the package registry's own build is taken when this is empty or out of reach
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# what the runtime is built with beside the CPU: --cuda, --vulkan
+RUNTIME_FLAGS ?=
+
 # where the patched sources are edited
 PATCHED ?= build/llama.cpp
 
@@ -34,7 +37,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@touch $@
 
 runtime: $(VENV)/.dependencies
-	$(BIN)/moe2gguf runtime install
+	$(BIN)/moe2gguf runtime install $(RUNTIME_FLAGS)
 
 setup: runtime
 
