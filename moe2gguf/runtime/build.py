@@ -141,7 +141,7 @@ def describe(
     if "cuda" in names:
         kept += ["CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_PATH"]
     if "vulkan" in names:
-        kept += ["VULKAN_SDK"]
+        kept += ["VULKAN_SDK", "CPLUS_INCLUDE_PATH"]
     content: dict[str, Any] = {
         "version": f"{upstream.version}+{upstream.local_version}",
         "sdist_sha256": upstream.sha256,
