@@ -1,6 +1,6 @@
 """Predicted against measured KL divergence of many allocations of one model, and how well the ranks agree.
 
-Only experts are quantised; everything else is BF16. Uniform types, one type per layer and projection (stock), one
+Only experts are quantised low; everything else is Q8_0. Uniform types, one type per layer and projection (stock), one
 type per expert (grouped), at the same bytes: the table also shows what the program gains over a uniform type.
 
     python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE]
@@ -56,17 +56,9 @@ def main(
         budget_bytes = table.fixed_bytes + others + int(expert_bits / 8 * n_expert_params)
         budget = pipeline.Budget(bits=budget_bytes * 8 / source.n_params)
         allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
-        # the budget is for experts: what is beside them was pinned to one type, and is now written exactly
-        beside = {u.name: QuantType.BF16 for u in table.units if u.expert is None}
-        allocation = dataclasses.replace(allocation, types={**allocation.types, **beside})
         target = Target(folder / f"{name}.gguf", overwrite=True)
         path = pipeline.write_allocation(source, stats, allocation, target, n_threads)[0]
-        of_experts = sum(
-            table.cost_UJ[i, table.types.index(allocation.types[u.name])]
-            for i, u in enumerate(table.units)
-            if u.expert is not None
-        )
-        return Row(name, expert_bits, float(of_experts), path)
+        return Row(name, expert_bits, allocation.predicted_kl, path)
 
     rows = [
         build(

@@ -239,8 +239,8 @@ def find_vulkan(toolchain: Toolchain, env: Mapping[str, str]) -> GpuBackend:
         )
     if not _links(toolchain, _VULKAN_HEADERS_PROGRAM, *flags):
         raise RuntimeMissing(
-            "--vulkan needs Vulkan headers 1.3.272 or newer, these are older: take Debian 13's or Ubuntu 24.04's, or clone "
-            "https://github.com/KhronosGroup/Vulkan-Headers and set CPLUS_INCLUDE_PATH to its include folder"
+            "--vulkan needs Vulkan headers 1.3.272 or newer, these are older: take Debian 13's or Ubuntu 24.04's, or "
+            "clone https://github.com/KhronosGroup/Vulkan-Headers and set CPLUS_INCLUDE_PATH to its include folder"
         )
     assert glslc is not None
     return GpuBackend("vulkan", _version(glslc), ("-DGGML_VULKAN=ON",))

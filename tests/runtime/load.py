@@ -105,10 +105,12 @@ class Loader:
 
 
 def _first_reason(stderr: str) -> str:
-    patterns = (r"\S+:\d+: (?:GGML_ASSERT|.*[Ff]atal|.*Assertion).*", r"\S+:\d+:\d+: runtime error: .*")
-    for pattern in (*patterns, r"SUMMARY: .*", r"terminate called.*"):
-        if match := re.search(pattern, stderr):
-            return match[0]
+    if match := re.search(r"^\S+\.(?:c|h|cpp|cu):\d+: .*", stderr, re.MULTILINE):  # GGML_ASSERT, GGML_ABORT, assert
+        return match[0]
+    if match := re.search(r"ERROR: AddressSanitizer: (\S+).*", stderr):
+        frames = re.findall(r"^ +#\d+ \S+ in (.*)", stderr[match.start() :], re.MULTILINE)
+        ours = [frame for frame in frames if re.search(r"/(?:src|ggml)/\S+:\d+", frame) and "libsanitizer" not in frame]
+        return f"{match[1]} in {ours[0]}" if ours else match[0]
     lines = [line for line in stderr.splitlines() if line.strip()]
     return lines[-1] if lines else "silent"
 
