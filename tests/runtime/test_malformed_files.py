@@ -104,7 +104,9 @@ def all_plain(header: Header) -> None:
     ("change", "sentence"),
     [
         # every group counts, in every projection and layer
-        pytest.param(sizes(GATE, 5, 0, 3), f"tensor '{GATE}.g1.weight' has ", id="an empty group"),
+        pytest.param(
+            sizes(GATE, 5, 0, 3), f"tensor '{GATE}.g1.weight' has 0 experts, expected 1 to 8", id="an empty group"
+        ),
         pytest.param(sizes(GATE, 5, -1, 4), "dimension 2 has invalid number of elements: -1 < 0", id="a negative size"),
         pytest.param(
             sizes(DOWN, 5, 2), f"groups of tensor '{DOWN}.weight' hold 7 experts, expected 8", id="last layer"
@@ -112,7 +114,7 @@ def all_plain(header: Header) -> None:
         pytest.param(
             # the sum is 8 in 64 bits
             sizes(GATE, *[1 << 62] * 4, 8, ne0=0),
-            f"tensor '{GATE}.g0.weight' ",
+            f"tensor '{GATE}.g0.weight' has {1 << 62} experts, expected 1 to 8",
             id="sizes that overflow",
         ),
         pytest.param(sizes(GATE, 1 << 40, 8), f"tensor '{GATE}.", id="a huge group"),
@@ -144,6 +146,11 @@ def all_plain(header: Header) -> None:
         ),
         pytest.param(set_type(f"{GATE}.g1.weight", 99), "has invalid ggml type 99", id="no such type"),
         pytest.param(set_type(f"{GATE}.g1.weight", -1), "has invalid ggml type -1", id="a negative type"),
+        pytest.param(
+            set_type(f"{GATE}.g1.weight", Type.I32),
+            "failed to find a compatible buffer type",
+            id="a type that nothing multiplies with",
+        ),
         pytest.param(
             set_offset(f"{GATE}.g1.weight", 64), f"tensor '{GATE}.g1.weight' has offset 64, expected", id="offset"
         ),
@@ -209,11 +216,11 @@ def can_skip(needs_runtime) -> None:
         pytest.param(array(F32, [0.25, math.nan]), "nan", id="NaN"),
         pytest.param(array(F32, [0.25, -0.5]), "-0.5", id="negative"),
         pytest.param(array(F32, [math.inf, 0.25]), "inf", id="infinite"),
-        pytest.param(array(F64, [0.25] * N_LAYER), "", id="f64"),
-        pytest.param(array(I32, [0] * N_LAYER), "", id="integers"),
-        pytest.param(array(STRING, ["0.25"] * N_LAYER), "", id="strings"),
-        pytest.param(scalar(F32, 0.25), "", id="no array"),
-        pytest.param(scalar(U32, 1), "", id="an integer"),
+        pytest.param(array(F64, [0.25] * N_LAYER), "array of f64, expected an array of f32", id="f64"),
+        pytest.param(array(I32, [0] * N_LAYER), "array of i32", id="integers"),
+        pytest.param(array(STRING, ["0.25"] * N_LAYER), "array of str", id="strings"),
+        pytest.param(scalar(F32, 0.25), "is f32, expected an array", id="no array"),
+        pytest.param(scalar(U32, 1), "is u32, expected an array", id="an integer"),
     ],
 )
 def test_wrong_thresholds(can_skip, loader, tmp_path, key, value, found) -> None:
