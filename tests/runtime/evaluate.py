@@ -1,7 +1,9 @@
 """Load a model and save its logits. Run as a child, `python -m tests.runtime.evaluate MODEL OUT.npy OPTION...`.
 
-Options: mmap, repack, lora=FILE. Writes f32 (T + D, vocab): the logits of T prompt tokens in one batch, then of D
-tokens decoded one by one. Where the model or the adapter cannot be loaded, exits with 3 and what llama.cpp logged.
+Options: mmap, repack, lora=FILE; gpu_layers=N, cpu_moe (the experts stay in main memory), stay (and so does their
+computation). Without gpu_layers all is on the CPU. Writes f32 (T + D, vocab): the logits of T prompt tokens in one
+batch, then of D tokens decoded one by one. Where the model or the adapter cannot be loaded, exits with 3 and what
+llama.cpp logged.
 """
 
 from __future__ import annotations
@@ -12,8 +14,17 @@ import sys
 import llama_cpp
 import numpy as np
 
+from moe2gguf.runtime import find_runtime
+from moe2gguf.runtime.smoke import load
+
 N_PROMPT, N_DECODE = 128, 3  # a full ubatch
 CANNOT_LOAD = 3
+
+
+class BufferTypeOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override: where the tensors lie whose names match. An empty one ends a list."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
 def main(model_path: str, target: str, *options: str) -> None:
@@ -28,6 +39,13 @@ def main(model_path: str, target: str, *options: str) -> None:
     params = llama_cpp.llama_model_default_params()
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if "mmap" in options else llama_cpp.LLAMA_LOAD_MODE_NONE
     params.use_extra_bufts = "repack" in options
+    gpu_layers = [int(option.removeprefix("gpu_layers=")) for option in options if option.startswith("gpu_layers=")]
+    params.n_gpu_layers = gpu_layers[0] if gpu_layers else 0
+    if "cpu_moe" in options:
+        ggml = load(find_runtime().libraries, "ggml-base")
+        ggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+        overrides = (BufferTypeOverride * 2)((b"_exps", ggml.ggml_backend_cpu_buffer_type()))
+        params.tensor_buft_overrides = ctypes.addressof(overrides)
     model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
     if not model:
         print("".join(logged))
@@ -35,6 +53,7 @@ def main(model_path: str, target: str, *options: str) -> None:
     context_params = llama_cpp.llama_context_default_params()
     context_params.n_ctx = 256
     context_params.n_batch = context_params.n_ubatch = N_PROMPT
+    context_params.op_offload = bool(gpu_layers) and "stay" not in options
     context_params.n_threads = context_params.n_threads_batch = 2
     context = llama_cpp.llama_init_from_model(model, context_params)
     for lora in (option.removeprefix("lora=") for option in options if option.startswith("lora=")):
