@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from moe2gguf.errors import RuntimeMissing
 from moe2gguf.runtime.build import cache_folder
+from moe2gguf.runtime.toolchain import NO_AMX_FLAGS, find_toolchain
 from moe2gguf.runtime.upstream import (
     Upstream,
     apply_patch,
@@ -97,6 +101,38 @@ def test_refresh_round_trips(sdist, tmp_path) -> None:
     subprocess.run(refresh, check=True, capture_output=True)
     for path in [patches_folder() / "series", *read_upstream().patches]:
         assert (tmp_path / "patches" / path.name).read_text() == path.read_text(), path.name
+
+
+# what a compiler alone can judge: the other backends' sources include headers of their SDKs or of generated shaders
+JUDGED = re.compile(r"(ggml/src/(ggml-cpu|ggml-rpc)|src|common|tests)/[\w-]+\.(c|cpp)|ggml/src/[\w-]+\.(c|cpp)")
+INCLUDES = ("ggml/include", "ggml/src", "ggml/src/ggml-cpu", "include", "src", "common", "vendor")
+
+
+@pytest.mark.slow
+def test_each_patch_compiles_on_its_own(pristine, tmp_path) -> None:
+    """The files that a patch changes, with only the patches before it."""
+    toolchain = find_toolchain(os.environ)
+    tree = shutil.copytree(pristine, tmp_path / "tree")
+    (tree / "ggml/src/ggml-version.h").write_text('#define GGML_VERSION "0"\n#define GGML_COMMIT "0"\n')  # by CMake
+    includes = [f"-I{tree / folder}" for folder in INCLUDES]
+
+    def errors(file: str) -> str:
+        compiler = [toolchain.cc, "-std=gnu11"] if file.endswith(".c") else [toolchain.cxx, "-std=gnu++17"]
+        definitions = ["-D_GNU_SOURCE", "-DGGML_SCHED_MAX_COPIES=4"]
+        command = [*compiler, "-fsyntax-only", "-march=native", *NO_AMX_FLAGS, *definitions, *includes, tree / file]
+        result = subprocess.run(command, capture_output=True, text=True)
+        return "\n".join(line for line in result.stderr.splitlines() if "error" in line) if result.returncode else ""
+
+    n_judged = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for patch in read_upstream().patches:
+            apply_patch(patch, tree)
+            touched = re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE)
+            files = [file for file in touched if JUDGED.fullmatch(file)]
+            n_judged += len(files)
+            for file, error in zip(files, pool.map(errors, files), strict=True):
+                assert not error, f"{file} as of {patch.name}: {error}"
+    assert n_judged > 20
 
 
 ORIGINAL = "".join(f"line {i}\n" for i in range(1, 21))
