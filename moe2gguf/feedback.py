@@ -17,8 +17,6 @@ from moe2gguf import ggml
 from moe2gguf.codec import CODECS, SIGN_WEIGHTS, Codec
 from moe2gguf.ggml import QuantType
 
-# candidates for the damping: what is added to the Hessian's diagonal, as a share of its mean
-DAMPINGS = (0.003, 0.01, 0.03, 0.1)
 # distances to all codes are computed for so many weights at a time
 CHUNK_DISTANCES = 1 << 22
 
