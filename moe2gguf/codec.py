@@ -126,6 +126,15 @@ def _joined(*parts: list[list[int]]) -> np.ndarray:
     return np.array([[place for bits in parts_of_code for place in bits] for parts_of_code in zip(*parts, strict=True)])
 
 
+def _sign_bytes(first_byte: int) -> np.ndarray:
+    return np.array([_field(first_byte + i, 0, 8) for i in range(32)])
+
+
+def _packed_signs(first_byte: int, stride_bytes: int) -> np.ndarray:
+    """Every 32 weights have a 32-bit word with four times 7 signs."""
+    return np.array([_field(first_byte + i // 4 * stride_bytes, 7 * (i % 4), 7) for i in range(32)])
+
+
 def _codecs() -> dict[QuantType, Codec]:
     q = gguf.quants
     fifth = [_field(16 + k % 32, k // 32, 1) for k in range(256)]
@@ -134,11 +143,6 @@ def _codecs() -> dict[QuantType, Codec]:
     iq1 = _grid(q.IQ1_S)
     ternary = np.concatenate([iq1 + q.IQ1_S.delta, iq1 - q.IQ1_S.delta])  # IQ1_M's highest bit of a code: which
     d = np.array(_field(0, 0, 16))
-    sign_bytes = lambda first: np.array([_field(first + i, 0, 8) for i in range(32)])  # noqa: E731
-    # four times 7 bits of 32, for 32 weights
-    packed_signs = lambda place: np.array(  # noqa: E731
-        [[8 * place(i // 4) + 7 * (i % 4) + b for b in range(7)] for i in range(32)]
-    )
     found = (
         Codec(
             QuantType.Q8_0,
@@ -177,7 +181,7 @@ def _codecs() -> dict[QuantType, Codec]:
             QuantType.IQ2_XXS,
             _grid(q.IQ2_XXS),
             np.array([_field(2 + j // 4 * 8 + j % 4, 0, 8) for j in range(32)]),
-            packed_signs(lambda group: 6 + 8 * group),
+            _packed_signs(6, 8),
             d,
         ),
         Codec(
@@ -191,21 +195,21 @@ def _codecs() -> dict[QuantType, Codec]:
             QuantType.IQ2_S,
             _grid(q.IQ2_S),
             np.array([_field(2 + j, 0, 8) + _field(66 + j // 4, 2 * (j % 4), 2) for j in range(32)]),
-            sign_bytes(34),
+            _sign_bytes(34),
             d,
         ),
         Codec(
             QuantType.IQ3_XXS,
             _grid(q.IQ3_XXS),
             np.array([_field(2 + j, 0, 8) for j in range(64)]),
-            packed_signs(lambda group: 66 + 4 * group),
+            _packed_signs(66, 4),
             d,
         ),
         Codec(
             QuantType.IQ3_S,
             _grid(q.IQ3_S),
             np.array([_field(2 + j, 0, 8) + _field(66 + j // 8, j % 8, 1) for j in range(64)]),
-            sign_bytes(74),
+            _sign_bytes(74),
             d,
         ),
     )
