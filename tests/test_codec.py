@@ -1,8 +1,11 @@
-"""Every type's codes and scales against gguf's decoder, on blocks that are hard for one or the other."""
+"""Every type's fields against gguf's decoder, on blocks that are hard for one or the other."""
+
+import dataclasses
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from moe2gguf import ggml
 from moe2gguf.codec import CODECS
@@ -34,44 +37,32 @@ def hard_rows(n: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
-def test_codes_and_scales_are_what_gguf_decodes(quant_type: QuantType) -> None:
+def test_ggmls_bytes_decode_as_gguf_decodes_them(quant_type: QuantType) -> None:
     codec = CODECS[quant_type]
-    weight_RS = np.stack([*hard_rows(codec.block_weights).values()])
-    blocks_RB = ggml.encode(weight_RS, quant_type)
-    codes_RC, negative_RS = codec.codes(blocks_RB)
-    np.testing.assert_array_equal(codec.put(blocks_RB, codes_RC, negative_RS), blocks_RB)
-
-    level_RS = codec.codebook_GW[codes_RC].reshape(weight_RS.shape)
-    if negative_RS is not None:
-        level_RS = np.where(negative_RS, -level_RS, level_RS)
-    scale_RS, offset_RS = codec.scales(blocks_RB)
-    decoded_RS = gguf.dequantize(blocks_RB, quant_type)
-    np.testing.assert_allclose(scale_RS * level_RS + offset_RS, decoded_RS, rtol=1e-6, atol=1e-30)
+    blocks_RB = ggml.encode(np.stack([*hard_rows(codec.block_weights).values()]), quant_type)
+    found_RS = codec.decode(torch.from_numpy(blocks_RB))
+    np.testing.assert_allclose(found_RS, gguf.dequantize(blocks_RB, quant_type), rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
-def test_any_codes_can_be_put(quant_type: QuantType) -> None:
-    """Every code and sign in every place, beside the scales of other weights."""
-    codec, rng = CODECS[quant_type], np.random.default_rng(1)
-    n_rows = -(-2 * len(codec.codebook_GW) // len(codec.code_bits)) + 3
-    blocks_RB = ggml.encode(rng.standard_normal((n_rows, codec.block_weights)).astype(np.float32), quant_type)
-    codes_RC = rng.permutation(n_rows * len(codec.code_bits)).reshape(n_rows, -1) % len(codec.codebook_GW)
-    negative_RS = rng.random((n_rows, codec.block_weights)) < 0.5
-    if codec.has_even_signs:
-        negative_RS[:, ::8] ^= negative_RS.reshape(n_rows, -1, 8).sum(-1) % 2 == 1
-    put_RB = codec.put(blocks_RB, codes_RC, negative_RS)
-    found_RC, found_RS = codec.codes(put_RB)
-    np.testing.assert_array_equal(found_RC, codes_RC)
-    assert found_RS is None or (found_RS == negative_RS).all()
-    for before, after in zip(codec.scales(blocks_RB), codec.scales(put_RB), strict=True):
-        np.testing.assert_array_equal(after, before)
-
-
-@pytest.mark.parametrize("quant_type", [t for t in CODECS if CODECS[t].scale_bits is not None], ids=lambda t: t.name)
-def test_doubling_the_block_scale_doubles_the_scales(quant_type: QuantType) -> None:
+def test_any_bytes_decode_as_gguf_decodes_them(quant_type: QuantType) -> None:
+    """Every bit in every place, f16 infinities and NaN aside."""
     codec = CODECS[quant_type]
-    weight_RS = np.random.default_rng(2).standard_normal((5, codec.block_weights)).astype(np.float32)
-    blocks_RB = ggml.encode(weight_RS, quant_type)
-    doubled_RB = codec.put_block_scale(blocks_RB, 2 * codec.block_scale(blocks_RB))
-    np.testing.assert_allclose(codec.scales(doubled_RB)[0], 2 * codec.scales(blocks_RB)[0], rtol=1e-6)
-    np.testing.assert_array_equal(codec.codes(doubled_RB)[0], codec.codes(blocks_RB)[0])
+    blocks_RB = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (600, codec.block_bytes), np.uint8))
+    fields = codec.unpack(blocks_RB)
+    halves = {
+        name: torch.linspace(-60, 60, 600).half() for name in ("d_R", "dmin_R") if getattr(fields, name) is not None
+    }
+    blocks_RB = codec.pack(dataclasses.replace(fields, **halves))
+    expected_RS = gguf.dequantize(blocks_RB.numpy(), quant_type)
+    np.testing.assert_allclose(codec.decode(blocks_RB), expected_RS, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
+def test_packing_undoes_unpacking(quant_type: QuantType) -> None:
+    """Every bit of a block belongs to one field."""
+    codec = CODECS[quant_type]
+    blocks_RB = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (50, codec.block_bytes), np.uint8))
+    assert torch.equal(codec.pack(codec.unpack(blocks_RB)), blocks_RB)
+    places = np.concatenate([p.ravel() for p in vars(codec.places).values() if p is not None])
+    assert sorted(places) == list(range(8 * codec.block_bytes))
