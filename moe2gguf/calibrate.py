@@ -107,6 +107,7 @@ def calibrate(
         n_tokens=tokens_SL.numel(),
         n_probe_tokens=n_probe_sequences * length,
         seed=seed,
+        tokens_SL=text.tokens_SL.astype(np.int32),
         text=text.origin,
         digest=text.digest,
         request=request,

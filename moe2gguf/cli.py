@@ -175,6 +175,21 @@ output_options = _together(
     click.option("--split-max-tensors", type=click.IntRange(min=0), default=0, help="Cut after so many tensors."),
     click.option("--force", is_flag=True, help="Replace an existing file."),
 )
+quantizer_options = _together(
+    click.option(
+        "--feedback/--no-feedback",
+        default=True,
+        show_default=True,
+        help="Experts with error feedback, or by ggml's encoder alone, which is faster.",
+    ),
+    click.option(
+        "--affinity",
+        type=click.Choice(["none", "gate", "gate2"]),
+        default="gate",
+        show_default=True,
+        help="What a token weighs in its experts: 1, its gate weight, or that squared.",
+    ),
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
 
 
@@ -193,6 +208,12 @@ def _budget(options: dict[str, Any]):
     if (options["bits"] is None) == (options["size_bytes"] is None):
         raise click.UsageError("give either --bits or --size")
     return Budget(options["bits"], options["size_bytes"])
+
+
+def _quantizer(options: dict[str, Any]):
+    from moe2gguf.pipeline import Quantizer
+
+    return Quantizer(options["feedback"], options["affinity"])
 
 
 def _calibration(options: dict[str, Any]):
@@ -242,6 +263,7 @@ def _note(text: str) -> None:
 @model_options
 @budget_options
 @calibration_options
+@quantizer_options
 @output_options
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -280,6 +302,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             types=choice.types,
             overrides=choice.overrides,
             calibration=_calibration(options),
+            quantizer=_quantizer(options),
             work_folder=options["work_folder"],
             split_max_bytes=options["split_max_size"],
             split_max_tensors=options["split_max_tensors"],
@@ -361,6 +384,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 @model_options
 @click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
 @click.option("--allocation", "allocation_path", type=_existing_file, required=True, help="From `allocate`.")
+@quantizer_options
 @output_options
 @threads_option
 def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any) -> None:
@@ -380,7 +404,15 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any
     )
     with progress_display() as progress:
         paths = pipeline.write_allocation(
-            source, stats, allocation, target, options["threads"] or available_cores(), progress
+            source,
+            stats,
+            allocation,
+            target,
+            options["threads"] or available_cores(),
+            quantizer=_quantizer(options),
+            work_folder=stats_path.parent,
+            progress=progress,
+            note=_note,
         )
     for path in paths:
         click.echo(f"{path}  {path.stat().st_size:,} bytes")

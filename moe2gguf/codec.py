@@ -134,7 +134,7 @@ class Codec:
         )  # fmt: skip
 
     def parts(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights as multiples of d and of dmin, f32 (R, S) and (R, S or 1): decoded = d * first - dmin * second."""
+        """The weights as multiples of d and of dmin, f32 (R, S) and (R, S or 1): weight = d * one - dmin * other."""
         device = fields.codes_RC.device
         level_RS = self.codebook_GW.to(device)[fields.codes_RC.long()].flatten(1)
         if fields.negative_RS is not None:
@@ -219,7 +219,7 @@ def _codecs() -> dict[QuantType, Codec]:
     fifth = [_field(16 + k % 32, k // 32, 1) for k in range(256)]
     third = [_field(k % 32, k // 32, 1) for k in range(256)]
     iq4 = torch.tensor(q.IQ4_NL.kvalues, dtype=torch.float32)[:, None]
-    iq1 = _grid(q.IQ1_S)
+    iq1, delta = _grid(q.IQ1_S), float(q.IQ1_S.delta)
     sixteenth = torch.arange(16)
     half_steps = torch.arange(16) + 0.5
     odd = 2.0 * torch.arange(8) + 1
@@ -283,7 +283,7 @@ def _codecs() -> dict[QuantType, Codec]:
                 minimum=k4_minimums,
             ),
             _levels(0, 64)[:, 0],
-        ),  # fmt: skip
+        ),
         Codec(
             QuantType.Q5_K,
             _levels(0, 32),
@@ -295,7 +295,7 @@ def _codecs() -> dict[QuantType, Codec]:
                 minimum=k4_minimums,
             ),
             _levels(0, 64)[:, 0],
-        ),  # fmt: skip
+        ),
         Codec(
             QuantType.Q6_K,
             _levels(-32, 64),
@@ -321,12 +321,12 @@ def _codecs() -> dict[QuantType, Codec]:
             ),
             # the highest bit says which way all levels are shifted
             odd.repeat(2),
-            (odd * q.IQ1_S.delta).repeat(2) * torch.where(sixteenth < 8, 1, -1),
+            (odd * delta).repeat(2) * torch.where(sixteenth < 8, 1, -1),
         ),
         Codec(
             QuantType.IQ1_M,
             # the highest bit of a code says which way its levels are shifted
-            torch.cat([iq1 + q.IQ1_S.delta, iq1 - q.IQ1_S.delta]),
+            torch.cat([iq1 + delta, iq1 - delta]),
             Places(
                 np.array([_field(j, 0, 8) + _field(32 + j // 2, 4 * (j % 2), 4) for j in range(32)]),
                 d=np.array([[place for i in range(4) for place in _field(48 + 2 * i, 12, 4)]]),

@@ -66,14 +66,19 @@ class ExpertBlock:
             out = out + module.gate_up_proj_bias[expert]
         return module._apply_gate(out)
 
+    def gate_up_bias(self, expert: int) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """f32 (I,) each, 0 without biases."""
+        if not self.module.has_bias:
+            return 0.0, 0.0
+        bias = self.module.gate_up_proj_bias[expert]
+        gate_I, up_I = bias.chunk(2) if self.module.is_concatenated else (bias[::2], bias[1::2])
+        return gate_I, up_I
+
     def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f32 (n, D) -> gate and up, f32 (n, I) each, biases added."""
-        out = x_nD @ self.gate_up(expert).T
-        if self.module.has_bias:
-            bias = self.module.gate_up_proj_bias[expert]
-            out = out + (bias if self.module.is_concatenated else torch.cat([bias[::2], bias[1::2]]))
-        gate_nI, up_nI = out.chunk(2, dim=-1)
-        return gate_nI, up_nI
+        gate_nI, up_nI = (x_nD @ self.gate_up(expert).T).chunk(2, dim=-1)
+        gate_bias, up_bias = self.gate_up_bias(expert)
+        return gate_nI + gate_bias, up_nI + up_bias
 
     def gated(self, gate_nI: torch.Tensor, up_nI: torch.Tensor) -> torch.Tensor:
         """The module's own activation on separate gate and up, f32 (n, I') each, any I'."""

@@ -26,14 +26,19 @@ from moe2gguf.ggml import QuantType
 CHUNK_DISTANCES = 1 << 18
 # scales tried: multiples of the one that fits best before feedback
 CODEBOOK_TRIES = (0.8, 0.9, 1.0, 1.1, 1.2)
+# IQ1's codebooks are large, and their sub-blocks' scales few
+LARGE_CODEBOOK, LARGE_CODEBOOK_TRIES = 2048, (0.92, 1.08)
 # and with levels, multiples of the one that just avoids clipping: by so many steps less or more over the whole range
-LEVEL_STEPS = (-1.6, -1.1, -0.7, -0.3, 0.0, 0.4, 0.8, 1.4)
+LEVEL_STEPS = (-1.6, -0.9, -0.4, 0.0, 0.6)
+# fewer will do to choose the scale of a block's scales
+BLOCK_LEVEL_STEPS = (-1.2, -0.4)
 # where the search for a codebook's scale begins: rms of the weights over rms of the codebook, by width
 CODEBOOK_START = {8: 1.1, 4: 1.3}
 # room for what feedback adds to later sub-blocks
 HEADROOM = 1.08
 HALF_MAX = 65504.0
-ROWS_PER_JOB = 1024
+# a job's steps should be long against what it takes to call them, and its arrays short against the cache
+ROWS_PER_JOB = 2048
 
 
 def inverse_factor(hessian_EKK: torch.Tensor, damping: float) -> torch.Tensor:
@@ -57,16 +62,13 @@ def quantize(
     codec = CODECS[quant_type]
     if not weight_ENK.is_cpu:
         return _quantize(codec, weight_ENK, factor_EKK)
-    # a job's arrays should stay in the cache, and each thread works alone
     n_experts, n_rows, _ = weight_ENK.shape
-    e_step = max(1, ROWS_PER_JOB // n_rows)
+    n_step, e_step = min(n_rows, ROWS_PER_JOB), max(1, ROWS_PER_JOB // n_rows)
     with single_threaded():
         jobs = [
             [
-                pool.submit(
-                    _quantize, codec, weight_ENK[e : e + e_step, n : n + ROWS_PER_JOB], factor_EKK[e : e + e_step]
-                )
-                for n in range(0, n_rows, ROWS_PER_JOB)
+                pool.submit(_quantize, codec, weight_ENK[e : e + e_step, n : n + n_step], factor_EKK[e : e + e_step])
+                for n in range(0, n_rows, n_step)
             ]
             for e in range(0, n_experts, e_step)
         ]
@@ -149,21 +151,27 @@ def _quantize_block(
     size = codec.sub_weights
     left_SEN = weight_SEN.clone()
     d_EN, dmin_EN = _block_scales(codec, weight_SEN, cost_SE)
-    codes, negatives, subs, minimums = [], [], [], []
+    codes: list[torch.Tensor] = []
+    negatives: list[torch.Tensor] = []
+    subs: list[torch.Tensor] = []
+    minimums: list[torch.Tensor] = []
     for first in range(0, codec.block_weights, size):
         own = slice(first, first + size)
         tries = _tries(codec, left_SEN[own], cost_SE[own], d_EN, dmin_EN)
         walked, tried_EN = _walk(codec, left_SEN[own], tries, factor_ESS[:, own, own])
         _feed_back(left_SEN[first + size :], walked.error_TEL, factor_ESS[:, own, first + size :])
         codes.append(walked.code_CEL)
-        negatives.append(walked.negative_TEL)
-        subs.append(None if tries.sub_JEN is None else _chosen(tries.sub_JEN, tried_EN))
-        minimums.append(None if tries.minimum_JEN is None else _chosen(tries.minimum_JEN, tried_EN))
+        if walked.negative_TEL is not None:
+            negatives.append(walked.negative_TEL)
+        if tries.sub_JEN is not None:
+            subs.append(_chosen(tries.sub_JEN, tried_EN)[None])
+        if tries.minimum_JEN is not None:
+            minimums.append(_chosen(tries.minimum_JEN, tried_EN)[None])
         if codec.places.sub is None:
             d_EN = _chosen(tries.scale_JEN, tried_EN).half()
 
-    def rows(parts: list) -> torch.Tensor | None:
-        return None if parts[0] is None else torch.cat(parts).flatten(1).T.contiguous()
+    def rows(parts: list[torch.Tensor]) -> torch.Tensor | None:
+        return torch.cat(parts).flatten(1).T.contiguous() if parts else None
 
     codes_RC = rows(codes)
     assert codes_RC is not None
@@ -171,9 +179,9 @@ def _quantize_block(
         codes_RC,
         rows(negatives),
         None if codec.places.d is None else d_EN.flatten(),
-        None if subs[0] is None else torch.stack(subs).flatten(1).T,
+        rows(subs),
         None if dmin_EN is None else dmin_EN.flatten(),
-        None if minimums[0] is None else torch.stack(minimums).flatten(1).T,
+        rows(minimums),
     )
     return _refit(codec, fields, weight_SEN, factor_ESS)
 
@@ -192,7 +200,8 @@ def _walk(
         left_TEL -= tries.offset_JEN.transpose(0, 1).flatten(1)
     step = SIGN_WEIGHTS if codec.has_even_signs else codec.width
     error_TEL = torch.empty_like(left_TEL)
-    codes, negatives = [], []
+    codes: list[torch.Tensor] = []
+    negatives: list[torch.Tensor] = []
     loss_EL = torch.zeros_like(scale_EL)
     size = len(target_TEN)
     for first in range(0, size, SIGN_WEIGHTS):
@@ -200,22 +209,20 @@ def _walk(
         for start in range(first, first + SIGN_WEIGHTS, step):
             own = slice(start, start + step)
             factor_EWW = factor_ETT[:, own, own]
-            for before in range(first, start):
-                for column in range(start, start + step):
-                    left_TEL[column].addcmul_(
-                        error_TEL[before], factor_ETT[:, before, column, None].expand_as(error_TEL[before]), value=-1
-                    )
+            if start > first:
+                _feed_back(left_TEL[own], error_TEL[first:start], factor_ETT[:, first:start, own])
             code, negative, level_WEL = _nearest(codec, left_TEL[own], scale_EL, factor_EWW)
             codes.append(code)
-            negatives.append(negative)
+            if negative is not None:
+                negatives.append(negative)
             miss_WEL = left_TEL[own] - scale_EL * level_WEL
             if step == 1:
-                torch.div(miss_WEL, factor_EWW[:, 0], out=error_TEL[own])
+                torch.mul(miss_WEL, 1 / factor_EWW[:, 0], out=error_TEL[own])
             else:
                 error_TEL[own] = _whitened(factor_EWW, miss_WEL)
             loss_EL += error_TEL[own].square().sum(0)
         _feed_back(left_TEL[group.stop :], error_TEL[group], factor_ETT[:, group, group.stop :])
-    negative_TEL = torch.cat(negatives) if codec.has_signs else None
+    negative_TEL = torch.cat(negatives) if negatives else None
     return _Walked(torch.cat(codes), negative_TEL, error_TEL, loss_EL).best(n_tries)
 
 
@@ -233,7 +240,8 @@ def _nearest(
         return code_EL[None], None, codebook_GW[code_EL.long()].permute(2, 0, 1)
     negative_WEL = target_WEL < 0
     if codec.has_even_signs:
-        cheapest = (target_WEL.square() * cost_WE[..., None]).argmin(0, keepdim=True)
+        # min, not argmin, which is slow across rows
+        cheapest = (target_WEL.square() * cost_WE[..., None]).min(0, keepdim=True).indices
         odd = negative_WEL.sum(0, keepdim=True) % 2 == 1
         negative_WEL = negative_WEL.scatter(0, cheapest, negative_WEL.gather(0, cheapest) ^ odd)
     upright_WEL = torch.where(negative_WEL, -target_WEL, target_WEL)
@@ -251,9 +259,10 @@ def _nearest_level(
     """-> codes i32 and their levels, of the target's shape."""
     # a zero scale decodes to zero whatever the code
     quotient = torch.where(scale != 0, target / scale, 0.0)
-    if levels_G[-1] - levels_G[0] == len(levels_G) - 1:  # consecutive integers
-        level = quotient.round_().clamp_(levels_G[0], levels_G[-1])
-        return (level - levels_G[0]).int(), level
+    low, high = float(levels_G[0]), float(levels_G[-1])
+    if high - low == len(levels_G) - 1:  # consecutive integers
+        level = quotient.round_().clamp_(low, high)
+        return (level - low).int(), level
     ordered_G, order_G = levels_G.sort()
     place = torch.bucketize(quotient, (ordered_G[1:] + ordered_G[:-1]) / 2)
     return order_G[place].int(), ordered_G[place]
@@ -290,13 +299,15 @@ def _block_scales(
         return torch.ones(shape, dtype=torch.float16, device=weight_SEN.device), None
     assert codec.sub_scale_Q is not None
     size = codec.sub_weights
-    scales, minimums = [], []
+    scales: list[torch.Tensor] = []
+    minimums: list[torch.Tensor] = []
     for first in range(0, len(weight_SEN), size):
         own = slice(first, first + size)
-        scale_JEN, minimum_JEN, loss_JEN = _guesses(codec, weight_SEN[own], cost_SE[own])
+        scale_JEN, minimum_JEN, loss_JEN = _guesses(codec, weight_SEN[own], cost_SE[own], BLOCK_LEVEL_STEPS)
         best_EN = loss_JEN.argmin(0)
         scales.append(_chosen(scale_JEN, best_EN))
-        minimums.append(None if minimum_JEN is None else _chosen(minimum_JEN, best_EN))
+        if minimum_JEN is not None:
+            minimums.append(_chosen(minimum_JEN, best_EN))
     scale_PEN = torch.stack(scales)
     largest_EN = _chosen(scale_PEN, scale_PEN.abs().argmax(0))
     # of signed sub-scales the lowest reaches further
@@ -312,7 +323,7 @@ def _half(x: torch.Tensor) -> torch.Tensor:
 
 
 def _guesses(
-    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, level_steps: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Scales (and minimums, and losses without feedback) worth trying for a sub-block, f32 (J, E, N) each."""
     cost_TEN = cost_TE[..., None]
@@ -325,7 +336,7 @@ def _guesses(
         return scale_EN[None], None, torch.zeros_like(scale_EN)[None]
     levels_G = codebook_GW[:, 0]
     low, high = levels_G.min(), levels_G.max()
-    tries = [1 + steps / len(levels_G) for steps in LEVEL_STEPS]
+    tries = [1 + steps / len(levels_G) for steps in level_steps]
     scales, minimums, losses = [], [], []
     if codec.has_minimum:
         bottom_EN, top_EN = target_TEN.amin(0).clamp_max(0), target_TEN.amax(0)
@@ -390,9 +401,10 @@ def _without_feedback(
 def _tries(
     codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, d_EN: torch.Tensor, dmin_EN: torch.Tensor | None
 ) -> _Tries:
-    scale_JEN, minimum_JEN, _ = _guesses(codec, target_TEN, cost_TE)
+    scale_JEN, minimum_JEN, _ = _guesses(codec, target_TEN, cost_TE, LEVEL_STEPS)
     if codec.width > 1:
-        scale_JEN = scale_JEN * torch.tensor(CODEBOOK_TRIES, device=scale_JEN.device)[:, None, None]
+        tries = CODEBOOK_TRIES if len(codec.codebook_GW) < LARGE_CODEBOOK else LARGE_CODEBOOK_TRIES
+        scale_JEN = scale_JEN * torch.tensor(tries, device=scale_JEN.device)[:, None, None]
     if codec.sub_scale_Q is None:
         return _Tries(_half(scale_JEN).float(), None, None, None)
     values_Q = codec.sub_scale_Q.to(target_TEN.device)

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import torch
 import transformers
 
 from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
+from moe2gguf.encode_experts import AFFINITIES, AFFINITY, describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
@@ -23,6 +25,7 @@ from moe2gguf.llama import available_cores
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.sample import sample_text
 from moe2gguf.source import Source, open_source
+from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText, text_from_files
@@ -75,9 +78,22 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How the experts' bytes are found."""
+
+    feedback: bool = True  # False: ggml's encoder alone
+    affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+
+DEFAULT_QUANTIZER = Quantizer()
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertResult:
     paths: tuple[Path, ...]
     allocation: Allocation
+    outcomes: tuple[Outcome, ...]  # of error feedback, empty without
     stats_path: Path
     calibration_text: Path
 
@@ -97,6 +113,7 @@ def convert(
     types: tuple[QuantType, ...] | None = None,
     overrides: tuple[tuple[str, QuantType], ...] = (),
     calibration: Calibration | None = None,
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     work_folder: Path | None = None,
     split_max_bytes: int = 0,
     split_max_tensors: int = 0,
@@ -126,8 +143,8 @@ def convert(
     allocation, plan = fit_budget(source, stats, table, budget, choice)
     report_allocation(source, table, stats, allocation, choice, note)
     assert plan is not None
-    paths = _write(source, plan, provenance(source, stats, allocation), target, threads, progress)
-    return ConvertResult(tuple(paths), allocation, work / "stats.safetensors", work / "calibration.txt")
+    paths, outcomes = _quantised(source, stats, allocation, plan, quantizer, target, work, threads, progress, note)
+    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt")
 
 
 def write_allocation(
@@ -136,9 +153,14 @@ def write_allocation(
     allocation: Allocation,
     target: Target,
     n_threads: int,
+    *,
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
+    work_folder: Path | None = None,
     progress: Progress = no_progress,
-) -> list[Path]:
-    """The file of an allocation made before."""
+    note: Note = no_note,
+) -> tuple[Path, ...]:
+    """The file of an allocation made before. What is quantised before a crash is kept in work_folder  [default: the
+    target's]."""
     table = cost_table(source, stats, layout=allocation.layout)
     if (
         allocation.source_sha256 != source_digest(source)
@@ -148,7 +170,45 @@ def write_allocation(
         raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
     check_target(target, allocation.tensor_bytes)
     plan = plan_file(source, table, allocation, stats)
-    return _write(source, plan, provenance(source, stats, allocation), target, n_threads, progress)
+    return _quantised(
+        source, stats, allocation, plan, quantizer, target, work_folder or target.path.parent, n_threads, progress, note
+    )[0]
+
+
+def _quantised(
+    source: Source,
+    stats: CalibrationStats,
+    allocation: Allocation,
+    plan: FilePlan,
+    quantizer: Quantizer,
+    target: Target,
+    work: Path,
+    n_threads: int,
+    progress: Progress,
+    note: Note,
+) -> tuple[tuple[Path, ...], tuple[Outcome, ...]]:
+    """Experts first, layer by layer, then the file, tensor by tensor."""
+    extra_kv = provenance(source, stats, allocation, quantizer)
+    if not quantizer.feedback:
+        return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
+    types = plan.expert_types(stats.layers)
+    recipe = [__version__, stats.request, quantizer.affinity, quantizer.device.type, sorted(map(str, types.items()))]
+    spool = Spool(work / f"experts-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}")
+    encode_experts(
+        LayerStream(source.path),
+        stats.tokens_SL,
+        types,
+        spool,
+        affinity=quantizer.affinity,
+        device=quantizer.device,
+        n_threads=n_threads,
+        progress=progress,
+    )
+    outcomes = tuple(spool.outcomes())
+    note(describe(outcomes))
+    paths = _write(source, plan, extra_kv, target, n_threads, progress, spool)
+    spool.remove()
+    return tuple(paths), outcomes
 
 
 def write_float(
@@ -289,7 +349,9 @@ def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> s
     return json.dumps(recipe, sort_keys=True)
 
 
-def provenance(source: Source, stats: CalibrationStats, allocation: Allocation) -> KeyValues:
+def provenance(
+    source: Source, stats: CalibrationStats, allocation: Allocation, quantizer: Quantizer = DEFAULT_QUANTIZER
+) -> KeyValues:
     """Key-values that say where the file comes from and how to make it again."""
     string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
     values: KeyValues = {
@@ -299,6 +361,9 @@ def provenance(source: Source, stats: CalibrationStats, allocation: Allocation) 
         "moe2gguf.source.name": (source.name, string, None),
         "moe2gguf.source.sha256": (stats.source_sha256, string, None),
         "moe2gguf.recipe": (allocation.recipe, string, None),
+        # of one length whatever they say: the size is planned before
+        "moe2gguf.feedback": (quantizer.feedback, ValueType.BOOL, None),
+        "moe2gguf.affinity": (AFFINITIES.index(quantizer.affinity), uint, None),
         "moe2gguf.seed": (stats.seed, uint, None),
         "moe2gguf.calibration.digest": (stats.digest, string, None),
         "moe2gguf.calibration.tokens": (stats.n_tokens, uint, None),
@@ -361,8 +426,9 @@ def _write(
     target: Target,
     n_threads: int,
     progress: Progress,
+    spool: Spool | None = None,
 ) -> list[Path]:
-    encoded = encode_tensors(plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total))
+    encoded = encode_tensors(plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total), spool)
     return write_gguf(source, plan, encoded, extra_kv, target)
 
 

@@ -1,12 +1,14 @@
 """An allocation to bytes: the tensors of the file in order, each encoded when its turn comes.
 
-Only one source tensor is in memory at a time; its experts are encoded in parallel.
+Experts that were quantised with error feedback come out of the spool; all else is ggml's encoder's, one source tensor
+in memory at a time.
 
 Shapes: E experts, N rows, K columns, B bytes of one encoded row.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
@@ -17,11 +19,16 @@ from moe2gguf.allocate import Allocation, expert_order
 from moe2gguf.costs import CostTable, Unit
 from moe2gguf.ggml import QuantType
 from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
+from moe2gguf.spool import Spool
 from moe2gguf.stats import CalibrationStats
 
 ROWS_PER_JOB = 4096
 # with mixed precision there is no telling "the" type of a matrix beside the experts that fits no block of 32
 FLOAT_FALLBACK = QuantType.F16
+
+
+# which matrices of an expert lie in a tensor, one below the other
+EXPERT_MATRICES = {"gate_up": ("gate", "up"), "gate": ("gate",), "up": ("up",), "down": ("down",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,16 @@ class TensorPlan:
         return (len(self.experts), *self.source.shape[1:])
 
     @property
+    def expert_matrices(self) -> tuple[str, ...]:
+        """Empty beside the routed experts' weights."""
+        match = re.search(r"\.ffn_(gate_up|gate|up|down)_exps\.(?:g\d+\.)?weight$", self.name)
+        return EXPERT_MATRICES[match[1]] if match and self.quant_type != QuantType.F32 else ()
+
+    @property
+    def expert_ids(self) -> range | np.ndarray:
+        return range(self.source.shape[0]) if self.experts is None else self.experts
+
+    @property
     def n_bytes(self) -> int:
         return prod(self.shape[:-1]) * ggml.row_bytes(self.quant_type, self.shape[-1])
 
@@ -54,6 +71,16 @@ class FilePlan:
     @property
     def tensor_bytes(self) -> int:
         return sum(tensor.n_bytes for tensor in self.tensors)
+
+    def expert_types(self, layers: Collection[int]) -> dict[tuple[int, str, int], QuantType]:
+        """By layer (of those given), matrix and the checkpoint's expert."""
+        return {
+            (layer, matrix, int(expert)): tensor.quant_type
+            for tensor in self.tensors
+            if (layer := layer_of(tensor.name)) in layers and layer is not None
+            for matrix in tensor.expert_matrices
+            for expert in tensor.expert_ids
+        }
 
     @property
     def is_grouped(self) -> bool:
@@ -124,18 +151,30 @@ def plan_uniform(source: Source, quant_type: QuantType) -> FilePlan:
 
 
 def encode_tensors(
-    plan: FilePlan, n_threads: int, progress: Callable[[str, int, int], None]
+    plan: FilePlan, n_threads: int, progress: Callable[[str, int, int], None], spool: Spool | None = None
 ) -> Iterator[tuple[TensorPlan, np.ndarray]]:
     """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
     with ggml.encoding_threads(n_threads) as pool:
         weight: np.ndarray | None = None
         for done, tensor in enumerate(plan.tensors):
             progress(tensor.name, done, len(plan.tensors))
+            layer = layer_of(tensor.name)
+            if spool is not None and layer is not None and tensor.expert_matrices and spool.has(layer):
+                yield tensor, _spooled(tensor, spool, layer)
+                continue
             if weight is None:
                 weight = tensor.source.load()
             yield tensor, _encode(tensor, weight, pool)
             if not tensor.shares_source:
                 weight = None
+
+
+def _spooled(tensor: TensorPlan, spool: Spool, layer: int) -> np.ndarray:
+    experts = [
+        np.concatenate([spool.get(layer, matrix, int(expert)) for matrix in tensor.expert_matrices])
+        for expert in tensor.expert_ids
+    ]
+    return np.stack(experts)
 
 
 def _encode(tensor: TensorPlan, weight: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
@@ -144,9 +183,8 @@ def _encode(tensor: TensorPlan, weight: np.ndarray, pool: ThreadPoolExecutor) ->
     n_columns = weight.shape[-1]
     is_expert = (tensor.importance_EK is not None and len(tensor.importance_EK) > 1) or tensor.experts is not None
     matrices = weight.reshape(-1, *weight.shape[-2:]) if is_expert else weight.reshape(1, -1, n_columns)
-    ids = range(len(matrices)) if tensor.experts is None else tensor.experts
     jobs = []
-    for i, e in enumerate(ids):
+    for i, e in enumerate(tensor.expert_ids if is_expert else range(1)):
         importance_K = None if tensor.importance_EK is None else tensor.importance_EK[i]
         # a single matrix is cut into slices of rows, so that it too uses every core
         for rows in range(0, matrices.shape[1], ROWS_PER_JOB):

@@ -18,7 +18,7 @@ from moe2gguf.ggml import QuantType
 
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
 
 
@@ -58,6 +58,7 @@ class CalibrationStats:
     n_tokens: int
     n_probe_tokens: int
     seed: int
+    tokens_SL: np.ndarray  # i32: the text, which quantisation runs through the model once more
     text: str  # where the tokens came from: file names, or "self-sampled"
     digest: str  # sha256 of the token ids
     request: str  # sha256 of what was asked for: a file with another one must not be reused
@@ -68,7 +69,7 @@ class CalibrationStats:
 
 def save_stats(stats: CalibrationStats, path: Path) -> None:
     """Writes one safetensors file, aside and renamed."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {"tokens": stats.tokens_SL}
     for index, layer in stats.layers.items():
         for field in dataclasses.fields(ExpertStats):
             arrays[f"experts/{index}/{field.name}"] = getattr(layer, field.name)
@@ -121,6 +122,7 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
             errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"], arrays.get(f"gate_share/{name}"))
     return CalibrationStats(
         types=tuple(QuantType[t] for t in header["types"]),
+        tokens_SL=arrays["tokens"],
         layers={index: ExpertStats(**layer) for index, layer in sorted(fields.items())},
         importance=importance,
         errors=errors,

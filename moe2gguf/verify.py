@@ -63,6 +63,8 @@ GAUSSIAN_ERROR = {
 TOLERATED_FACTOR = 3.0
 # A matrix of zeros has error 1, another expert's weights about 1.4: no type may come near.
 LARGEST_ERROR = 0.9
+# Error feedback fits an expert's down projection to what its gate and up became, at any type of its own.
+FITTED_ERROR = 0.5
 
 _N_SAMPLED = 4096
 # An expert that fits its own checkpoint weights worse than another's is misplaced. Nearly equal experts
@@ -125,7 +127,8 @@ def verify_file(
             if not parts or part_problems:
                 continue
             order = orders.get(layer_of(wanted.name)) if expert_axis(wanted.name) == 0 else None
-            comparison = _Comparison(wanted, parts, order, pool)
+            fitted = "ffn_down_exps" in wanted.name and bool(file.kv.get("moe2gguf.feedback"))
+            comparison = _Comparison(wanted, parts, order, pool, FITTED_ERROR if fitted else 0.0)
             checks += comparison.checks
             problems += comparison.problems
     problems += [f"{name} is in the file and not in the checkpoint" for name in stored]
@@ -216,7 +219,9 @@ class _Comparison:
         parts: list[GgufTensor],
         order: np.ndarray | None,
         pool: ThreadPoolExecutor,
+        least_limit: float,
     ):
+        self._least_limit = least_limit
         self.checks: list[TensorCheck] = []
         self.problems: list[str] = []
         weights = wanted.load()
@@ -292,6 +297,7 @@ class _Comparison:
         which = part.name if expert is None else f"{part.name}, expert {expert} of the checkpoint,"
         limit = error_limit(part.type)
         assert limit is not None
+        limit = max(limit, self._least_limit)
         if not finite:
             self.problems.append(f"{which} decodes to values that are not finite")
         elif whose is not None:

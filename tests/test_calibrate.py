@@ -249,7 +249,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Moe2ggufError, match="absent"):
         load_stats(tmp_path / "absent.safetensors")
     save_file({"weight": np.zeros(3, np.float32)}, path, {"moe2gguf": json.dumps({"format": 99})})
-    with pytest.raises(Moe2ggufError, match="has format 99, this version reads 2; calibrate again"):
+    with pytest.raises(Moe2ggufError, match="has format 99, this version reads 3; calibrate again"):
         load_stats(path)
 
 

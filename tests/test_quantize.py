@@ -8,7 +8,8 @@ import pytest
 from moe2gguf import ggml
 from moe2gguf.costs import cost_table, reorderable
 from moe2gguf.ggml import QuantType as Q
-from moe2gguf.pipeline import Budget, Choice, fit_budget
+from moe2gguf.gguf_file import Target
+from moe2gguf.pipeline import Budget, Choice, Quantizer, fit_budget, write_allocation
 from moe2gguf.quantize import (
     FLOAT_FALLBACK,
     ROWS_PER_JOB,
@@ -45,9 +46,17 @@ def matrix_importance(stats: CalibrationStats, name: str) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize("layout", ["grouped", "stock"])
-def test_file_holds_each_expert_encoded(converted, source, stats, layout):
+def test_file_holds_each_expert_encoded(converted, source, stats, layout, tmp_path):
     """Byte for byte, gguf-py's reading of the file against one encoding per expert, in the order the file states."""
-    reader = gguf.GGUFReader(converted("qwen3_moe").results[layout].path)
+    (path,) = write_allocation(
+        source,
+        stats,
+        converted("qwen3_moe").results[layout].allocation,
+        Target(tmp_path / "plain.gguf"),
+        2,
+        quantizer=Quantizer(feedback=False),
+    )
+    reader = gguf.GGUFReader(path)
     orders = {
         layer: reader.fields[key].contents() if (key := f"moe2gguf.expert_order.{layer}") in reader.fields else None
         for layer in range(source.n_layer)

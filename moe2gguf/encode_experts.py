@@ -1,0 +1,302 @@
+"""The experts' bytes: error feedback under what the calibration text puts through them, ggml's bytes where they win.
+
+One pass over the checkpoint, one layer in memory, a few experts at a time: the second moments of their inputs, a choice
+of damping on tokens that the moments have not seen, the codes. The down projection is fitted to what the quantised gate
+and up give it, so it also undoes what it can of their error (as GPTAQ does along the network, arXiv:2504.02692).
+
+Shapes: T tokens, K selected experts per token or columns of a matrix, D hidden, I intermediate, N rows, R sampled rows,
+E experts, n tokens of one expert, B bytes of an encoded row.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from moe2gguf import feedback, ggml
+from moe2gguf.capture import LayerCapture, tokens_of
+from moe2gguf.codec import CODECS
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.spool import Outcome, Spool
+from moe2gguf.stats import SHRINKAGE_TOKENS
+from moe2gguf.stream import LayerStream
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+Types = Mapping[tuple[int, str, int], QuantType]  # layer, matrix, the checkpoint's expert
+
+# in parts of the mean of the Hessian's diagonal; of equals the first is taken
+DAMPINGS = (0.03, 0.01, 0.1)
+SAMPLE_ROWS = 32
+# one in so many runs of tokens is held out
+HELD_OUT = 4
+MAX_HELD_OUT_TOKENS = 1024
+LAYER_SAMPLE_TOKENS = 512
+BATCH_TOKENS = 4096
+# f64 matrices of one chunk of experts, several of which live at a time
+CHUNK_BYTES = 1 << 27
+
+AFFINITIES = ("none", "gate", "gate2")
+AFFINITY = "gate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What one matrix of one expert is given: by the model as it is, and by what is quantised before it."""
+
+    exact_nK: torch.Tensor
+    found_nK: torch.Tensor  # the same tensor where nothing before it is quantised
+    weight_n: torch.Tensor
+    held_out_n: torch.Tensor  # bool
+
+    def moments(self, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean of found foundᵀ and of exact foundᵀ over the tokens `of`, (K, K) each."""
+        found_nK, weight_n = self.found_nK[of], self.weight_n[of]
+        weighted_nK = found_nK * (weight_n / weight_n.sum().clamp_min(1e-20))[:, None]
+        hessian_KK = weighted_nK.T @ found_nK
+        return hessian_KK, hessian_KK if self.exact_nK is self.found_nK else self.exact_nK[of].T @ weighted_nK
+
+    def error(self, exact_RK: torch.Tensor, found_RK: torch.Tensor) -> float:
+        """Mean squared output error of sampled rows on held-out tokens."""
+        rows = self.held_out_n.nonzero()[:MAX_HELD_OUT_TOKENS, 0]
+        miss_nR = self.exact_nK[rows] @ exact_RK.T - self.found_nK[rows] @ found_RK.T
+        return float(self.weight_n[rows] @ miss_nR.square().sum(1))
+
+
+@torch.inference_mode()
+def encode_experts(
+    stream: LayerStream,
+    tokens_SL: np.ndarray,
+    types: Types,
+    spool: Spool,
+    *,
+    affinity: str,
+    device: torch.device,
+    n_threads: int,
+    progress: Progress,
+) -> None:
+    """Fills the spool with every expert in `types`, layer by layer; layers that are there only pass the tokens on."""
+    tokens = torch.from_numpy(tokens_SL).long()
+    n_sequences, length = tokens.shape
+    batch_sequences = max(1, BATCH_TOKENS // length)
+    hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens.split(batch_sequences)])
+    layers = {layer for layer, _, _ in types}
+    with ggml.encoding_threads(n_threads) as pool:
+        for index in range(max(layers) + 1):
+            missing = index in layers and not spool.has(index)
+            if not missing and not any(later > index and not spool.has(later) for later in layers):
+                continue
+
+            def step(what: str, done: int, total: int, index: int = index) -> None:
+                progress(f"layer {index + 1}/{stream.n_layers}: {what}", done, total)
+
+            with stream.layer(index) as layer:
+                block = find_experts(layer)
+                capture = LayerCapture(layer, block)
+                with capture.listening():
+                    for start in range(0, n_sequences, batch_sequences):
+                        step("activations", start, n_sequences)
+                        batch = hidden_SLD[start : start + batch_sequences]
+                        batch.copy_(stream.run(index, layer, batch))
+                if missing:
+                    assert block is not None
+                    work = _LayerWork(block, capture, length, affinity, device, pool)
+                    own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
+                    spool.put(index, *work.encode(own, lambda done, total: step("quantise", done, total)))
+
+
+class _LayerWork:
+    def __init__(
+        self,
+        block: ExpertBlock,
+        capture: LayerCapture,
+        length: int,
+        affinity: str,
+        device: torch.device,
+        pool: ThreadPoolExecutor,
+    ):
+        self._block, self._affinity, self._device, self._pool = block, affinity, device, pool
+        self._x_TD, self._ids_TK, self._gates_TK = capture.routed()
+        run = max(1, min(length, len(self._x_TD) // (2 * HELD_OUT)))
+        self._held_out_T = torch.arange(len(self._x_TD)) // run % HELD_OUT == HELD_OUT - 1
+        stride = max(1, len(self._x_TD) // LAYER_SAMPLE_TOKENS)
+        # stands in for what a cold expert has not seen
+        self._sample_nD = self._x_TD[stride // 2 :: stride]
+        self._sample_probability_nE = torch.softmax(self._sample_nD @ block.router_ED.T, dim=-1)
+
+    def encode(
+        self, types: Mapping[tuple[str, int], QuantType], progress: Callable[[int, int], None]
+    ) -> tuple[dict[tuple[str, int], np.ndarray], list[Outcome]]:
+        blocks: dict[tuple[str, int], np.ndarray] = {}
+        outcomes: list[Outcome] = []
+        n_experts = self._block.n_experts
+        widest = max(self._x_TD.shape[1], self._block.n_intermediate)
+        chunk = max(1, CHUNK_BYTES // (8 * widest**2))
+        for start in range(0, n_experts, chunk):
+            progress(start, n_experts)
+            experts = range(start, min(start + chunk, n_experts))
+            inputs = [self._gate_up_inputs(e) for e in experts]
+            wanted = {("gate", e): types["gate", e] for e in experts} | {("up", e): types["up", e] for e in experts}
+            gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
+            found = self._matrices(
+                {("gate", e): gate_up[e][0] for e in experts} | {("up", e): gate_up[e][1] for e in experts},
+                wanted, dict(zip(experts, inputs, strict=True)), outcomes,
+            )  # fmt: skip
+            inputs = [
+                self._down_inputs(e, given, found["gate", e][1], found["up", e][1])
+                for e, given in zip(experts, inputs, strict=True)
+            ]
+            found |= self._matrices(
+                {("down", e): self._block.down(e) for e in experts},
+                {("down", e): types["down", e] for e in experts},
+                dict(zip(experts, inputs, strict=True)),
+                outcomes,
+            )
+            blocks |= {key: block for key, (block, _) in found.items()}
+        return blocks, outcomes
+
+    def _weights(self, gates_n: torch.Tensor) -> torch.Tensor:
+        return gates_n ** {"none": 0, "gate": 1, "gate2": 2}[self._affinity]
+
+    def _gate_up_inputs(self, expert: int) -> Inputs:
+        """The expert's own tokens, and so much of the layer's as shrinkage asks."""
+        tokens_n, gates_n = tokens_of(expert, self._ids_TK, self._gates_TK)
+        own_n = self._weights(gates_n)
+        probability_n = self._weights(self._sample_probability_nE[:, expert])
+        n_sample = len(self._sample_nD)
+        # means, the layer's with the belief of SHRINKAGE_TOKENS tokens
+        own_n = own_n / own_n.sum().clamp_min(1e-20) * len(tokens_n)
+        layer_n = probability_n / probability_n.sum().clamp_min(1e-20) * SHRINKAGE_TOKENS
+        held_out_sample_n = torch.arange(n_sample) % HELD_OUT == HELD_OUT - 1
+        x_nD = torch.cat([self._x_TD[tokens_n], self._sample_nD])
+        return Inputs(
+            x_nD, x_nD, torch.cat([own_n, layer_n]), torch.cat([self._held_out_T[tokens_n], held_out_sample_n])
+        )
+
+    def _down_inputs(self, expert: int, given: Inputs, gate_ID: torch.Tensor, up_ID: torch.Tensor) -> Inputs:
+        exact_nI = self._block.activation(expert, given.exact_nK)
+        found_nI = self._block.gated(
+            *(
+                given.found_nK @ weight_ID.T + bias
+                for weight_ID, bias in zip((gate_ID, up_ID), self._block.gate_up_bias(expert), strict=True)
+            )
+        )
+        return Inputs(exact_nI, found_nI, given.weight_n, given.held_out_n)
+
+    def _matrices(
+        self,
+        weights: Mapping[tuple[str, int], torch.Tensor],
+        types: Mapping[tuple[str, int], QuantType],
+        inputs: Mapping[int, Inputs],
+        outcomes: list[Outcome],
+    ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
+        """-> by matrix and expert, blocks uint8 (N, B) and what they decode to."""
+        experts = list(inputs)
+        fit = [inputs[e].moments(~inputs[e].held_out_n) for e in experts]
+        whole = [inputs[e].moments(torch.ones_like(inputs[e].held_out_n)) for e in experts]
+        rows = {
+            key: torch.linspace(0, len(weight) - 1, min(SAMPLE_ROWS, len(weight))).round().long()
+            for key, weight in weights.items()
+        }
+        sample = {key: weight[rows[key]] for key, weight in weights.items()}
+        importance = {
+            e: hessian.diagonal().clamp_min(1e-12).numpy() for e, (hessian, _) in zip(experts, whole, strict=True)
+        }
+        plain = self._ggml(sample, types, importance)
+        ggml_error = {key: inputs[key[1]].error(sample[key], plain[key][1]) for key in weights}
+        best_error, best_damping = dict(ggml_error), dict.fromkeys(weights, None)
+        with_codec = {key for key in weights if types[key] in CODECS}
+        for damping in DAMPINGS:
+            tried = self._feedback(
+                {key: sample[key] for key in weights if key in with_codec}, types, experts, fit,
+                dict.fromkeys(weights, damping),
+            )  # fmt: skip
+            for key, (_, decoded) in tried.items():
+                error = inputs[key[1]].error(sample[key], decoded)
+                if error < best_error[key]:
+                    best_error[key], best_damping[key] = error, damping
+        chosen = {key: damping for key, damping in best_damping.items() if damping is not None}
+        found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen)
+        found |= self._ggml({key: weight for key, weight in weights.items() if key not in chosen}, types, importance)
+        outcomes += [
+            Outcome(key[0], key[1], types[key].name, best_damping[key], best_error[key] / max(ggml_error[key], 1e-30))
+            for key in weights
+        ]
+        return found
+
+    def _ggml(
+        self,
+        weights: Mapping[tuple[str, int], torch.Tensor],
+        types: Mapping[tuple[str, int], QuantType],
+        importance: Mapping[int, np.ndarray],
+    ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
+        jobs = {
+            key: self._pool.submit(ggml.encode, weight.numpy(), types[key], importance[key[1]])
+            for key, weight in weights.items()
+        }
+        blocks = {key: job.result() for key, job in jobs.items()}
+        return {
+            key: (block, torch.from_numpy(ggml.decode(block, types[key], weights[key].shape[1])))
+            for key, block in blocks.items()
+        }
+
+    def _feedback(
+        self,
+        weights: Mapping[tuple[str, int], torch.Tensor],
+        types: Mapping[tuple[str, int], QuantType],
+        experts: list[int],
+        moments: list[tuple[torch.Tensor, torch.Tensor]],
+        dampings: Mapping[tuple[str, int], float],
+    ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
+        """All matrices of one type, shape and damping go in one batch."""
+        batches: dict[tuple[QuantType, torch.Size, float], list[tuple[str, int]]] = {}
+        for key, weight in weights.items():
+            batches.setdefault((types[key], weight.shape, dampings[key]), []).append(key)
+        found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
+        factors: dict[tuple[int, float], torch.Tensor] = {}
+        for damping in sorted(set(dampings.values())):
+            wanted = sorted({key[1] for key in weights if dampings[key] == damping})
+            hessian_EKK = torch.stack([moments[experts.index(e)][0] for e in wanted]).to(self._device)
+            factor_EKK = feedback.inverse_factor(hessian_EKK, damping)
+            factors |= {(e, damping): factor_KK for e, factor_KK in zip(wanted, factor_EKK, strict=True)}
+        for (quant_type, _, damping), keys in batches.items():
+            factor_EKK = torch.stack([factors[key[1], damping] for key in keys])
+            weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
+            hessian, cross = (
+                torch.stack(m).to(self._device)
+                for m in zip(*(moments[experts.index(key[1])] for key in keys), strict=True)
+            )
+            if not torch.equal(hessian, cross):
+                weight_ENK = _fitted(weight_ENK, hessian, cross, factor_EKK, damping)
+            blocks_ENB = feedback.quantize(weight_ENK, quant_type, factor_EKK, self._pool).cpu().numpy()
+            for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
+                decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])
+                found[key] = blocks_NB, torch.from_numpy(decoded)
+        return found
+
+
+def _fitted(
+    weight_ENK: torch.Tensor,
+    hessian_EKK: torch.Tensor,
+    cross_EKK: torch.Tensor,
+    factor_EKK: torch.Tensor,
+    damping: float,
+) -> torch.Tensor:
+    """Rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] + ridge)⁻¹."""
+    return weight_ENK + weight_ENK @ (cross_EKK - hessian_EKK) @ (factor_EKK.mT @ factor_EKK)
+
+
+def describe(outcomes: Iterable[Outcome]) -> str:
+    """How often feedback won, per type."""
+    won, total = Counter[str](), Counter[str]()
+    for outcome in outcomes:
+        total[outcome.quant_type] += 1
+        won[outcome.quant_type] += outcome.damping is not None
+    order = sorted(total, key=lambda name: ggml.bits_per_weight(QuantType[name]))
+    return (
+        f"error feedback kept for {sum(won.values())} of {sum(total.values())} expert matrices, ggml's bytes for the "
+        f"rest ({', '.join(f'{name} {won[name]}/{total[name]}' for name in order)})"
+    )
