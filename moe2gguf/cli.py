@@ -337,15 +337,22 @@ def _open(model: str, options: dict[str, Any]):
 @main.command()
 @model_options
 @calibration_options
+@click.option(
+    "--imatrix",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the importance as a .gguf that llama-quantize --imatrix reads.",
+)
 @threads_option
-def calibrate(model: str, **options: Any) -> None:
+def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
     """Run text through MODEL once and save what allocation and quantisation need."""
     from moe2gguf import pipeline
+    from moe2gguf.costs import cost_table
+    from moe2gguf.imatrix import write_imatrix
 
     source = _open(model, options)
     work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
     with progress_display() as progress:
-        pipeline.calibrated(
+        stats = pipeline.calibrated(
             source,
             _calibration(options),
             work,
@@ -354,6 +361,9 @@ def calibrate(model: str, **options: Any) -> None:
             note=_note,
         )
     click.echo(work / "stats.safetensors")
+    if imatrix is not None:
+        write_imatrix(imatrix, source, cost_table(source, stats, layout="stock"), stats)
+        click.echo(imatrix)
 
 
 @main.command()
@@ -385,9 +395,14 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 @click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
 @click.option("--allocation", "allocation_path", type=_existing_file, required=True, help="From `allocate`.")
 @quantizer_options
+@click.option(
+    "--imatrix",
+    type=_existing_file,
+    help="llama.cpp's importance matrix, as .gguf: ggml's encoder with it instead of error feedback.",
+)
 @output_options
 @threads_option
-def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any) -> None:
+def quantize(model: str, stats_path: Path, allocation_path: Path, imatrix: Path | None, **options: Any) -> None:
     """Write the GGUF of an allocation."""
     from moe2gguf import pipeline
     from moe2gguf.allocate import load_allocation
@@ -410,6 +425,7 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, **options: Any
             target,
             options["threads"] or available_cores(),
             quantizer=_quantizer(options),
+            imatrix=imatrix,
             work_folder=stats_path.parent,
             progress=progress,
             note=_note,

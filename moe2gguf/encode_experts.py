@@ -257,7 +257,7 @@ class _LayerWork:
             batches.setdefault((types[key], weight.shape, dampings[key]), []).append(key)
         found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
         factors: dict[tuple[int, float], torch.Tensor] = {}
-        for damping in sorted(set(dampings.values())):
+        for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
             hessian_EKK = torch.stack([moments[experts.index(e)][0] for e in wanted]).to(self._device)
             factor_EKK = feedback.inverse_factor(hessian_EKK, damping)
@@ -270,7 +270,7 @@ class _LayerWork:
                 for m in zip(*(moments[experts.index(key[1])] for key in keys), strict=True)
             )
             if not torch.equal(hessian, cross):
-                weight_ENK = _fitted(weight_ENK, hessian, cross, factor_EKK, damping)
+                weight_ENK = _fitted(weight_ENK, hessian, cross, factor_EKK)
             blocks_ENB = feedback.quantize(weight_ENK, quant_type, factor_EKK, self._pool).cpu().numpy()
             for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
                 decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])
@@ -283,7 +283,6 @@ def _fitted(
     hessian_EKK: torch.Tensor,
     cross_EKK: torch.Tensor,
     factor_EKK: torch.Tensor,
-    damping: float,
 ) -> torch.Tensor:
     """Rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] + ridge)⁻¹."""
     return weight_ENK + weight_ENK @ (cross_EKK - hessian_EKK) @ (factor_EKK.mT @ factor_EKK)

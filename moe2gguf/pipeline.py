@@ -21,6 +21,7 @@ from moe2gguf.encode_experts import AFFINITIES, AFFINITY, describe, encode_exper
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
+from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.sample import sample_text
@@ -155,12 +156,13 @@ def write_allocation(
     n_threads: int,
     *,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
+    imatrix: Path | None = None,
     work_folder: Path | None = None,
     progress: Progress = no_progress,
     note: Note = no_note,
 ) -> tuple[Path, ...]:
     """The file of an allocation made before. What is quantised before a crash is kept in work_folder  [default: the
-    target's]."""
+    target's]. With an importance matrix from elsewhere, ggml's encoder and that take the place of error feedback."""
     table = cost_table(source, stats, layout=allocation.layout)
     if (
         allocation.source_sha256 != source_digest(source)
@@ -170,6 +172,9 @@ def write_allocation(
         raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
     check_target(target, allocation.tensor_bytes)
     plan = plan_file(source, table, allocation, stats)
+    if imatrix is not None:
+        plan = with_imatrix(plan, read_imatrix(imatrix), imatrix)
+        quantizer = dataclasses.replace(quantizer, feedback=False)
     return _quantised(
         source, stats, allocation, plan, quantizer, target, work_folder or target.path.parent, n_threads, progress, note
     )[0]

@@ -1,7 +1,8 @@
 """Predicted against measured KL divergence of many allocations of one model, and how well the ranks agree.
 
-Only experts are quantised low; everything else is Q8_0. Uniform types, one type per layer and projection (stock), one
-type per expert (grouped), at the same bytes: the table also shows what the program gains over a uniform type.
+Only experts are quantised; everything else is BF16, and all bytes are ggml's encoder's, which the prediction rests on.
+Uniform types, one type per layer and projection (stock), one type per expert (grouped), at the same bytes: the table
+also shows what the program gains over a uniform type.
 
     python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE]
 """
@@ -16,8 +17,9 @@ from moe2gguf import pipeline
 from moe2gguf.costs import cost_table
 from moe2gguf.evaluate import evaluate, held_out_text
 from moe2gguf.ggml import QuantType, bits_per_weight
-from moe2gguf.gguf_file import Target
+from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import available_cores
+from moe2gguf.quantize import encode_tensors, plan_file
 from moe2gguf.source import open_source
 
 UNIFORM = tuple(QuantType[name] for name in ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
@@ -56,8 +58,14 @@ def main(
         budget_bytes = table.fixed_bytes + others + int(expert_bits / 8 * n_expert_params)
         budget = pipeline.Budget(bits=budget_bytes * 8 / source.n_params)
         allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
-        target = Target(folder / f"{name}.gguf", overwrite=True)
-        path = pipeline.write_allocation(source, stats, allocation, target, n_threads)[0]
+        plan = plan_file(source, table, allocation, stats)
+        exact = [
+            t if t.expert_matrices or not t.source.quantisable else dataclasses.replace(t, quant_type=QuantType.BF16)
+            for t in plan.tensors
+        ]
+        plan = dataclasses.replace(plan, tensors=tuple(exact))
+        encoded = encode_tensors(plan, n_threads, lambda *_: None)
+        (path,) = write_gguf(source, plan, encoded, {}, Target(folder / f"{name}.gguf", overwrite=True))
         return Row(name, expert_bits, allocation.predicted_kl, path)
 
     rows = [

@@ -1,0 +1,183 @@
+"""Experts with error feedback: what they are fitted to, who decides, and what is left after a crash."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe2gguf import encode_experts as stage
+from moe2gguf import feedback, ggml
+from moe2gguf.capture import LayerCapture, tokens_of
+from moe2gguf.encode_experts import Inputs, encode_experts
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.spool import Outcome, Spool
+from moe2gguf.stream import LayerStream
+
+N_EXPERTS, LENGTH = 6, 32
+TOKENS_SL = np.random.default_rng(0).integers(0, 300, (16, LENGTH))
+
+
+def every_expert(quant_type: QuantType, layers: tuple[int, ...] = (0, 1)) -> dict[tuple[int, str, int], QuantType]:
+    return {(layer, m, e): quant_type for layer in layers for m in ("gate", "up", "down") for e in range(N_EXPERTS)}
+
+
+def encode(folder: Path, types: dict, spool: Spool, affinity: str = "gate") -> None:
+    encode_experts(
+        LayerStream(folder),
+        TOKENS_SL,
+        types,
+        spool,
+        affinity=affinity,
+        device=torch.device("cpu"),
+        n_threads=2,
+        progress=lambda *_: None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    block: ExpertBlock
+    capture: LayerCapture
+    pool: ThreadPoolExecutor
+
+    def work(self, affinity: str = "gate") -> stage._LayerWork:
+        return stage._LayerWork(self.block, self.capture, LENGTH, affinity, torch.device("cpu"), self.pool)
+
+
+@pytest.fixture(scope="module")
+def layer(tiny: Callable[..., Path]) -> Iterator[Layer]:
+    """The first layer of a small qwen3_moe, with what its experts were given."""
+    stream = LayerStream(tiny("qwen3_moe"))
+    with torch.inference_mode(), stream.layer(0) as module, ThreadPoolExecutor(2) as pool:
+        block = find_experts(module)
+        assert block is not None
+        capture = LayerCapture(module, block)
+        with capture.listening():
+            stream.run(0, module, stream.embed(torch.from_numpy(TOKENS_SL)))
+        yield Layer(block, capture, pool)
+
+
+@pytest.mark.parametrize("affinity", stage.AFFINITIES)
+@torch.inference_mode()
+def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
+    """Token by token: the expert's own with its gate weights, the layer's with the belief of 32 tokens."""
+    expert, power = 2, stage.AFFINITIES.index(affinity)
+    given = layer.work(affinity)._gate_up_inputs(expert)
+    hessian_KK, _ = given.moments(torch.ones(len(given.weight_n), dtype=torch.bool))
+
+    x_TD, ids_TK, gates_TK = layer.capture.routed()
+    own = [(x_TD[t].double(), float(gates_TK[t, k]) ** power) for t, k in (ids_TK == expert).nonzero().tolist()]
+    probability_TE = torch.softmax(x_TD @ layer.block.router_ED.T, -1)
+    others = [(x_D.double(), float(p_E[expert]) ** power) for x_D, p_E in zip(x_TD, probability_TE, strict=True)]
+
+    def mean(tokens: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        return sum(c * torch.outer(x, x) for x, c in tokens) / sum(c for _, c in tokens)
+
+    expected_KK = (len(own) * mean(own) + 32 * mean(others)) / (len(own) + 32)
+    torch.testing.assert_close(hessian_KK.double(), expected_KK, rtol=1e-4, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_an_expert_without_tokens_leans_on_the_layer(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD, ids_TK, gates_TK = layer.capture.routed()
+    nobody = (x_TD, torch.where(ids_TK == 3, 4, ids_TK), gates_TK)
+    monkeypatch.setattr(layer.capture, "routed", lambda: nobody)
+    work = layer.work()
+    assert not len(tokens_of(3, work._ids_TK, work._gates_TK)[0])
+    types = {(m, e): QuantType.IQ2_XXS for m in ("gate", "up", "down") for e in range(N_EXPERTS)}
+    blocks, _ = work.encode(types, lambda *_: None)
+    exact_NK = layer.block.down(3).numpy()
+    found_NK = ggml.decode(blocks["down", 3], QuantType.IQ2_XXS, exact_NK.shape[1])
+    assert np.square(found_NK - exact_NK).mean() < 0.5 * np.square(exact_NK).mean()
+
+
+@torch.inference_mode()
+def test_down_is_fitted_to_what_it_will_be_given() -> None:
+    """Against least squares with a ridge, written out row by row in f64."""
+    rng = torch.Generator().manual_seed(0)
+    exact_nK = torch.randn(300, 8, generator=rng)
+    found_nK = exact_nK + 0.5 * torch.randn(300, 8, generator=rng)
+    weight_n = torch.rand(300, generator=rng)
+    weight_NK = torch.randn(5, 8, generator=rng)
+    inputs = Inputs(exact_nK, found_nK, weight_n, torch.zeros(300, dtype=torch.bool))
+    hessian_KK, cross_KK = inputs.moments(torch.ones(300, dtype=torch.bool))
+    factor_EKK = feedback.inverse_factor(hessian_KK[None], 0.1)
+    found_NK = stage._fitted(weight_NK[None], hessian_KK[None], cross_KK[None], factor_EKK)[0]
+
+    share_n = (weight_n / weight_n.sum()).double().sqrt()[:, None]
+    ridge = (0.1 * hessian_KK.diagonal().mean().double()).sqrt()
+    left = torch.cat([share_n * found_nK.double(), ridge * torch.eye(8, dtype=torch.float64)])
+    for row_K, expected in zip(found_NK, weight_NK.double(), strict=True):
+        right = torch.cat([share_n[:, 0] * (exact_nK.double() @ expected), ridge * expected])
+        solved_K = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+        torch.testing.assert_close(row_K.double(), solved_K, rtol=1e-4, atol=1e-5)
+
+
+def test_less_error_than_ggml_on_what_was_not_seen(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    encode(tiny("qwen3_moe"), every_expert(QuantType.IQ2_XXS), spool)
+    outcomes = spool.outcomes()
+    assert len(outcomes) == 2 * 3 * N_EXPERTS
+    assert all(outcome.error <= 1 for outcome in outcomes)
+    assert np.mean([outcome.error for outcome in outcomes]) < 0.9
+    assert {outcome.damping for outcome in outcomes} <= {None, *stage.DAMPINGS}
+    assert "error feedback kept for" in stage.describe(outcomes)
+
+
+@torch.inference_mode()
+def test_ggmls_bytes_stay_where_feedback_is_worse(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feedback that gets the wrong weights loses every comparison."""
+    honest = feedback.quantize
+    monkeypatch.setattr(feedback, "quantize", lambda w_ENK, *rest: honest(-w_ENK, *rest))
+    work = layer.work()
+    types = {(m, e): QuantType.Q3_K for m in ("gate", "up", "down") for e in range(N_EXPERTS)}
+    blocks, outcomes = work.encode(types, lambda *_: None)
+    assert all(outcome.damping is None and outcome.error == 1 for outcome in outcomes)
+    given = work._gate_up_inputs(1)
+    hessian_KK, _ = given.moments(torch.ones(len(given.weight_n), dtype=torch.bool))
+    gate_ID, _ = layer.block.gate_up(1).chunk(2)
+    expected = ggml.encode(gate_ID.numpy(), QuantType.Q3_K, hessian_KK.diagonal().numpy())
+    np.testing.assert_array_equal(blocks["gate", 1], expected)
+
+
+def test_types_without_feedback_are_ggmls(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    encode(tiny("qwen3_moe"), every_expert(QuantType.Q5_0, (0,)), spool)
+    assert all(outcome.damping is None for outcome in spool.outcomes())
+
+
+def test_a_crash_costs_one_layer(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = Spool(tmp_path / "whole"), Spool(tmp_path / "broken")
+    types = every_expert(QuantType.IQ4_XS)
+    encode(tiny("qwen3_moe"), types, whole)
+
+    put = Spool.put
+    monkeypatch.setattr(Spool, "put", lambda self, layer, *rest: put(self, layer, *rest) if layer == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(tiny("qwen3_moe"), types, broken)
+    monkeypatch.undo()
+    assert broken.has(0) and not broken.has(1)
+    before = broken.path(0).stat().st_mtime_ns
+    encode(tiny("qwen3_moe"), types, broken)
+    assert broken.path(0).stat().st_mtime_ns == before
+    for layer in (0, 1):
+        assert broken.path(layer).read_bytes() == whole.path(layer).read_bytes()
+
+
+def test_spool(tmp_path: Path) -> None:
+    spool, outcome = Spool(tmp_path / "s"), Outcome("up", 3, "Q4_K", None, 1.0)
+    assert not spool.has(5)
+    block_NB = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    spool.put(5, {("up", 3): block_NB}, [outcome])
+    assert spool.has(5) and not spool.has(0)
+    np.testing.assert_array_equal(spool.get(5, "up", 3), block_NB)
+    assert spool.outcomes() == [outcome]
+    spool.path(6).write_bytes(b"cut short")
+    assert not spool.has(6)
+    spool.remove()
+    assert not spool.folder.exists()
