@@ -18,6 +18,7 @@ from rich.table import Table
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, reachable_bytes
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table
+from moe2gguf.encode_experts import CHUNK_BYTES
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
 from moe2gguf.measure import MAX_ERROR_ROWS
@@ -101,6 +102,12 @@ def make_plan(
         + len(EXPERT_PROBE_TYPES) * source.n_params
     )
     hidden = n_tokens * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    moments_flops = sum(
+        2 * n_tokens * source.n_expert_used * tensor.shape[-1] ** 2
+        for tensor in source.tensors
+        if expert_axis(tensor.name) is not None and tensor.quantisable
+    )
+    roles = _roles(source, table, allocation)
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return ConversionPlan(
         source=source,
@@ -108,7 +115,7 @@ def make_plan(
         allocation=allocation,
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
-        roles=_roles(source, table, allocation),
+        roles=roles,
         calibration_ram_bytes=int(
             BASE_BYTES
             + 1.5 * _largest_layer_params(source) * F32_BYTES
@@ -116,11 +123,24 @@ def make_plan(
             + 3 * hidden
             + n_branches * calibration.n_probe_tokens / n_tokens * hidden
         ),
-        quantise_ram_bytes=BASE_BYTES + 2 * largest_tensor,
+        quantise_ram_bytes=int(
+            BASE_BYTES
+            + max(
+                2 * largest_tensor,
+                1.5 * _largest_layer_params(source) * F32_BYTES
+                + _outer_params(source) * F32_BYTES
+                + 2 * hidden
+                # a chunk's second moments, in f32 and f64, and its factors
+                + 8 * max(CHUNK_BYTES, 8 * _widest_expert(source) ** 2),
+            )
+        ),
+        # experts lie in the work folder until the file is written
         disk_bytes=allocation.tensor_bytes
+        + sum(role.n_bytes for role in roles if role.role == "expert")
         + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        quantise_seconds=source.n_params / encode_rate,
+        # error feedback takes about as long as ggml's encoder; the text passes once, and so do its second moments
+        quantise_seconds=1.5 * source.n_params / encode_rate + (2 * active * n_tokens + moments_flops) / matrix_flops,
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),
@@ -149,6 +169,10 @@ def _largest_layer_params(source: Source) -> int:
         if (layer := layer_of(tensor.name)) is not None:
             per_layer[layer] += prod(tensor.shape)
     return max(per_layer.values())
+
+
+def _widest_expert(source: Source) -> int:
+    return max(t.shape[-1] for t in source.tensors if expert_axis(t.name) is not None and t.quantisable)
 
 
 def _outer_params(source: Source) -> int:
