@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe2gguf import backend
 from moe2gguf.codec import CODECS, SIGN_WEIGHTS, Codec, Fields
 from moe2gguf.ggml import QuantType
 
@@ -185,6 +186,12 @@ def _chosen(x_JEN: torch.Tensor, tried_EN: torch.Tensor) -> torch.Tensor:
 def _walk(
     codec: Codec, target_TEN: torch.Tensor, tries: _Tries, factor_ETT: torch.Tensor
 ) -> tuple[_Walked, torch.Tensor]:
+    """What the try of least loss chose and left behind, and which it was, i64 (E, N)."""
+    if backend.has_kernels(target_TEN):
+        code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN = backend.walk(
+            codec, target_TEN, tries.scale_JEN, tries.offset_JEN, factor_ETT
+        )
+        return _Walked(code_CEN, negative_TEN, error_TEN, loss_EN), tried_EN
     n_tries = len(tries.scale_JEN)
     scale_EL = tries.scale_JEN.transpose(0, 1).flatten(1)
     left_TEL = target_TEN.repeat(1, 1, n_tries)
@@ -445,7 +452,7 @@ def _refit(
         d_R=None if fields.d_R is None else d_EN.flatten().half(),
         dmin_R=None if dmin_EN is None else dmin_EN.flatten().half(),
     )
-    return codec.pack(fields), _whitened(factor_ESS, weight_SEN - decoded_SEN)
+    return backend.pack(codec, fields), _whitened(factor_ESS, weight_SEN - decoded_SEN)
 
 
 def _near(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
