@@ -384,6 +384,11 @@ def _without_feedback(
     codec: Codec, target_TEN: torch.Tensor, scale_EN: torch.Tensor, cost_TE: torch.Tensor
 ) -> torch.Tensor:
     """The nearest levels of a sub-block, f32 (T, E, N)."""
+    if backend.has_kernels(target_TEN):  # a walk of columns that do not act on each other
+        tries = _Tries(scale_EN[None], None, None, None)
+        walked, _ = _walk(codec, target_TEN, tries, torch.diag_embed(cost_TE.T**-0.5))
+        level_TEN = codec.codebook_GW.to(target_TEN.device)[walked.code_CEL.long()].permute(0, 3, 1, 2).flatten(0, 1)
+        return level_TEN if walked.negative_TEL is None else torch.where(walked.negative_TEL, -level_TEN, level_TEN)
     parts = []
     for first in range(0, len(target_TEN), SIGN_WEIGHTS):
         own = slice(first, first + SIGN_WEIGHTS)

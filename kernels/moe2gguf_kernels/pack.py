@@ -9,7 +9,7 @@ import triton.language as tl
 
 from moe2gguf_kernels.layout import Layout
 
-# 8 blocks of up to 256 bytes are 16 a thread; with 16 the types of eight pieces a byte spill registers
+# 8 blocks of up to 256 bytes are 16 a thread: for sm_90 only Q5_K then spills registers, with 16 blocks IQ3_S too
 TILE_ROWS = 8
 
 

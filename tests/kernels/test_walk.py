@@ -108,15 +108,15 @@ def test_a_row_of_nan_is_written(device: torch.device) -> None:
     assert ((code_TEN >= 0) & (code_TEN < len(codec.codebook_GW))).all()
 
 
-@pytest.mark.parametrize(("name", "n_columns"), [("MXFP4", 64), ("IQ2_XS", 256)])
+@pytest.mark.parametrize(("name", "n_columns", "n_experts"), [("MXFP4", 64, 2), ("IQ2_XXS", 256, 1)])
 def test_quantising_with_the_kernels(
-    name: str, n_columns: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, n_columns: int, n_experts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole rows, with feedback between sub-blocks and blocks."""
     monkeypatch.setattr("moe2gguf.feedback.CODEBOOK_TRIES", (1.0,))
     codec = CODECS[QuantType[name]]
-    weight_ENK = torch.randn(2, 3, n_columns, generator=torch.Generator().manual_seed(2))
-    factor_EKK = factor(n_columns, 2)
+    weight_ENK = torch.randn(n_experts, 3, n_columns, generator=torch.Generator().manual_seed(2))
+    factor_EKK = factor(n_columns, n_experts)
     with ThreadPoolExecutor(1) as pool:
         expected_ENB = feedback.quantize(weight_ENK, codec.quant_type, factor_EKK, pool)
         monkeypatch.setattr("moe2gguf.backend.has_kernels", lambda _: True)
