@@ -13,7 +13,7 @@ RUNTIME_FLAGS ?=
 # where the patched sources are edited
 PATCHED ?= build/llama.cpp
 
-.PHONY: help setup runtime demo test check bench-runtime patches-apply patches-refresh clean
+.PHONY: help setup runtime demo test check bench-runtime bench-gpu patches-apply patches-refresh clean
 
 help:
 	@echo "make demo             convert the bundled model in both layouts and compare with llama-quantize"
@@ -22,6 +22,7 @@ help:
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
 	@echo "make bench-runtime    measure the runtime's speed against the targets, on a quiet machine"
+	@echo "make bench-gpu        measure the kernels' speed on a CUDA device"
 	@echo "make patches-apply    unpack the pinned sources into $(PATCHED), one commit per patch, to edit them"
 	@echo "make patches-refresh  write the patches anew from the commits there"
 	@echo "make clean            remove $(VENV) and what make demo wrote (not the runtime cache)"
@@ -55,6 +56,9 @@ check: setup
 
 bench-runtime: setup
 	$(BIN)/python scripts/bench_runtime.py
+
+bench-gpu: $(VENV)/.dependencies
+	$(BIN)/python scripts/bench_kernels.py
 
 patches-apply: $(VENV)/.dependencies
 	$(BIN)/python scripts/patches-apply $(PATCHED)

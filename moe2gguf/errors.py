@@ -23,3 +23,7 @@ class FileFormatError(Moe2ggufError):
 
 class RuntimeMissing(Moe2ggufError):
     """The patched llama-cpp-python is not installed or cannot be built."""
+
+
+class DeviceError(Moe2ggufError):
+    """The device asked for is not there, or what computes on it is not installed."""

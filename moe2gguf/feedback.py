@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe2gguf import backend
 from moe2gguf.codec import CODECS, SIGN_WEIGHTS, Codec, Fields
 from moe2gguf.ggml import QuantType
 
@@ -193,6 +194,12 @@ def _chosen(x_JEN: torch.Tensor, tried_EN: torch.Tensor) -> torch.Tensor:
 def _walk(
     codec: Codec, target_TEN: torch.Tensor, tries: _Tries, factor_ETT: torch.Tensor
 ) -> tuple[_Walked, torch.Tensor]:
+    """What the try of least loss chose and left behind, and which it was, i64 (E, N)."""
+    if backend.has_kernels(target_TEN):
+        code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN = backend.walk(
+            codec, target_TEN, tries.scale_JEN, tries.offset_JEN, factor_ETT
+        )
+        return _Walked(code_CEN, negative_TEN, error_TEN, loss_EN), tried_EN
     n_tries = len(tries.scale_JEN)
     scale_EL = tries.scale_JEN.transpose(0, 1).flatten(1)
     left_TEL = target_TEN.repeat(1, 1, n_tries)
@@ -388,6 +395,11 @@ def _without_feedback(
     codec: Codec, target_TEN: torch.Tensor, scale_EN: torch.Tensor, cost_TE: torch.Tensor
 ) -> torch.Tensor:
     """The nearest levels of a sub-block, f32 (T, E, N)."""
+    if backend.has_kernels(target_TEN):  # a walk of columns that do not act on each other
+        tries = _Tries(scale_EN[None], None, None, None)
+        walked, _ = _walk(codec, target_TEN, tries, torch.diag_embed(cost_TE.T**-0.5))
+        level_TEN = codec.codebook_GW.to(target_TEN.device)[walked.code_CEL.long()].permute(0, 3, 1, 2).flatten(0, 1)
+        return level_TEN if walked.negative_TEL is None else torch.where(walked.negative_TEL, -level_TEN, level_TEN)
     parts = []
     for first in range(0, len(target_TEN), SIGN_WEIGHTS):
         own = slice(first, first + SIGN_WEIGHTS)
@@ -457,7 +469,7 @@ def _refit(
         d_R=None if fields.d_R is None else d_EN.flatten().half(),
         dmin_R=None if dmin_EN is None else dmin_EN.flatten().half(),
     )
-    return codec.pack(fields), _whitened(factor_ESS, weight_SEN - decoded_SEN)
+    return backend.pack(codec, fields), _whitened(factor_ESS, weight_SEN - decoded_SEN)
 
 
 def _near(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
