@@ -189,6 +189,12 @@ quantizer_options = _together(
         show_default=True,
         help="What a token weighs in its experts: 1, its gate weight, or that squared.",
     ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Where error feedback computes: auto, cpu, cuda or cuda:1 (pip install 'moe2gguf[gpu]').",
+    ),
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
 
@@ -211,9 +217,10 @@ def _budget(options: dict[str, Any]):
 
 
 def _quantizer(options: dict[str, Any]):
+    from moe2gguf.backend import device
     from moe2gguf.pipeline import Quantizer
 
-    return Quantizer(options["feedback"], options["affinity"])
+    return Quantizer(options["feedback"], options["affinity"], device(options["device"], _note))
 
 
 def _calibration(options: dict[str, Any]):

@@ -10,13 +10,13 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from moe2gguf import feedback, ggml
+from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.codec import CODECS
 from moe2gguf.experts import ExpertBlock, find_experts
@@ -52,18 +52,35 @@ class Inputs:
     weight_n: torch.Tensor
     held_out_n: torch.Tensor  # bool
 
-    def moments(self, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean of found foundᵀ and of exact foundᵀ over the tokens `of`, (K, K) each."""
-        found_nK, weight_n = self.found_nK[of], self.weight_n[of]
-        weighted_nK = found_nK * (weight_n / weight_n.sum().clamp_min(1e-20))[:, None]
-        hessian_KK = weighted_nK.T @ found_nK
-        return hessian_KK, hessian_KK if self.exact_nK is self.found_nK else self.exact_nK[of].T @ weighted_nK
-
     def error(self, exact_RK: torch.Tensor, found_RK: torch.Tensor) -> float:
         """Mean squared output error of sampled rows on held-out tokens."""
         rows = self.held_out_n.nonzero()[:MAX_HELD_OUT_TOKENS, 0]
         miss_nR = self.exact_nK[rows] @ exact_RK.T - self.found_nK[rows] @ found_RK.T
         return float(self.weight_n[rows] @ miss_nR.square().sum(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Weighted means of one matrix's inputs, experts together."""
+
+    hessian_EKK: torch.Tensor  # of found foundᵀ
+    cross_EKK: torch.Tensor  # of exact foundᵀ; the same tensor where nothing before is quantised
+
+
+def moments(inputs: Sequence[Inputs], held_out_too: bool, device: torch.device) -> Moments:
+    chosen = [torch.ones_like(i.held_out_n) if held_out_too else ~i.held_out_n for i in inputs]
+
+    def gathered(name: str) -> torch.Tensor:
+        return torch.cat([getattr(i, name)[of] for i, of in zip(inputs, chosen, strict=True)]).to(device)
+
+    found_nK, weights = gathered("found_nK"), [i.weight_n[of] for i, of in zip(inputs, chosen, strict=True)]
+    weight_n = torch.cat([w / w.sum().clamp_min(1e-20) for w in weights]).to(device)
+    offset_E1 = torch.tensor([0, *(len(w) for w in weights)]).cumsum(0).to(device)
+    slot_n = torch.arange(len(weight_n), device=device)
+    hessian_EKK = backend.moments(found_nK, slot_n, offset_E1, weight_n)
+    if all(i.exact_nK is i.found_nK for i in inputs):
+        return Moments(hessian_EKK, hessian_EKK)
+    return Moments(hessian_EKK, backend.moments(found_nK, slot_n, offset_E1, weight_n, gathered("exact_nK"), slot_n))
 
 
 @torch.inference_mode()
@@ -195,15 +212,15 @@ class _LayerWork:
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """-> by matrix and expert, blocks uint8 (N, B) and what they decode to."""
         experts = list(inputs)
-        fit = [inputs[e].moments(~inputs[e].held_out_n) for e in experts]
-        whole = [inputs[e].moments(torch.ones_like(inputs[e].held_out_n)) for e in experts]
+        fit, whole = (moments(list(inputs.values()), held_out_too, self._device) for held_out_too in (False, True))
         rows = {
             key: torch.linspace(0, len(weight) - 1, min(SAMPLE_ROWS, len(weight))).round().long()
             for key, weight in weights.items()
         }
         sample = {key: weight[rows[key]] for key, weight in weights.items()}
         importance = {
-            e: hessian.diagonal().clamp_min(1e-12).numpy() for e, (hessian, _) in zip(experts, whole, strict=True)
+            e: diagonal_K.clamp_min(1e-12).cpu().numpy()
+            for e, diagonal_K in zip(experts, whole.hessian_EKK.diagonal(dim1=1, dim2=2), strict=True)
         }
         plain = self._ggml(sample, types, importance)
         ggml_error = {key: inputs[key[1]].error(sample[key], plain[key][1]) for key in weights}
@@ -248,7 +265,7 @@ class _LayerWork:
         weights: Mapping[tuple[str, int], torch.Tensor],
         types: Mapping[tuple[str, int], QuantType],
         experts: list[int],
-        moments: list[tuple[torch.Tensor, torch.Tensor]],
+        moments: Moments,
         dampings: Mapping[tuple[str, int], float],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """All matrices of one type, shape and damping go in one batch."""
@@ -259,18 +276,16 @@ class _LayerWork:
         factors: dict[tuple[int, float], torch.Tensor] = {}
         for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
-            hessian_EKK = torch.stack([moments[experts.index(e)][0] for e in wanted]).to(self._device)
+            hessian_EKK = moments.hessian_EKK[[experts.index(e) for e in wanted]]
             factor_EKK = feedback.inverse_factor(hessian_EKK, damping)
             factors |= {(e, damping): factor_KK for e, factor_KK in zip(wanted, factor_EKK, strict=True)}
         for (quant_type, _, damping), keys in batches.items():
             factor_EKK = torch.stack([factors[key[1], damping] for key in keys])
             weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
-            hessian, cross = (
-                torch.stack(m).to(self._device)
-                for m in zip(*(moments[experts.index(key[1])] for key in keys), strict=True)
-            )
-            if not torch.equal(hessian, cross):
-                weight_ENK = _fitted(weight_ENK, hessian, cross, factor_EKK)
+            if moments.cross_EKK is not moments.hessian_EKK:
+                places = [experts.index(key[1]) for key in keys]
+                hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
+                weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, factor_EKK)
             blocks_ENB = feedback.quantize(weight_ENK, quant_type, factor_EKK, self._pool).cpu().numpy()
             for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
                 decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])

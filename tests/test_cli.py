@@ -456,3 +456,11 @@ def test_ctrl_c(tiny, small_text, tmp_path):
     assert stdout == "" and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == "moe2gguf: interrupted; statistics already written are kept"
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_device_that_is_not_there(tiny, tmp_path):
+    """Asked for by name it is an error, before any work."""
+    result = run("convert", tiny("qwen3_moe"), "--bits", 4, "--device", "tpu", "--outfile", tmp_path / "x.gguf")
+    assert result.exit_code == 1
+    assert "there is no device 'tpu'; it is auto, cpu, cuda or cuda:<number>" in result.stderr
+    assert not list(tmp_path.iterdir())

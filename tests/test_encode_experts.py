@@ -68,7 +68,7 @@ def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
     """Token by token: the expert's own with its gate weights, the layer's with the belief of 32 tokens."""
     expert, power = 2, stage.AFFINITIES.index(affinity)
     given = layer.work(affinity)._gate_up_inputs(expert)
-    hessian_KK, _ = given.moments(torch.ones(len(given.weight_n), dtype=torch.bool))
+    hessian_KK = stage.moments([given], True, torch.device("cpu")).hessian_EKK[0]
 
     x_TD, ids_TK, gates_TK = layer.capture.routed()
     own = [(x_TD[t].double(), float(gates_TK[t, k]) ** power) for t, k in (ids_TK == expert).nonzero().tolist()]
@@ -105,9 +105,10 @@ def test_down_is_fitted_to_what_it_will_be_given() -> None:
     weight_n = torch.rand(300, generator=rng)
     weight_NK = torch.randn(5, 8, generator=rng)
     inputs = Inputs(exact_nK, found_nK, weight_n, torch.zeros(300, dtype=torch.bool))
-    hessian_KK, cross_KK = inputs.moments(torch.ones(300, dtype=torch.bool))
-    factor_EKK = feedback.inverse_factor(hessian_KK[None], 0.1)
-    found_NK = stage._fitted(weight_NK[None], hessian_KK[None], cross_KK[None], factor_EKK)[0]
+    found = stage.moments([inputs], True, torch.device("cpu"))
+    hessian_KK = found.hessian_EKK[0]
+    factor_EKK = feedback.inverse_factor(found.hessian_EKK, 0.1)
+    found_NK = stage._fitted(weight_NK[None], found.hessian_EKK, found.cross_EKK, factor_EKK)[0]
 
     share_n = (weight_n / weight_n.sum()).double().sqrt()[:, None]
     ridge = (0.1 * hessian_KK.diagonal().mean().double()).sqrt()
@@ -139,7 +140,7 @@ def test_ggmls_bytes_stay_where_feedback_is_worse(layer: Layer, monkeypatch: pyt
     blocks, outcomes = work.encode(types, lambda *_: None)
     assert all(outcome.damping is None and outcome.error == 1 for outcome in outcomes)
     given = work._gate_up_inputs(1)
-    hessian_KK, _ = given.moments(torch.ones(len(given.weight_n), dtype=torch.bool))
+    hessian_KK = stage.moments([given], True, torch.device("cpu")).hessian_EKK[0]
     gate_ID, _ = layer.block.gate_up(1).chunk(2)
     expected = ggml.encode(gate_ID.numpy(), QuantType.Q3_K, hessian_KK.diagonal().numpy())
     np.testing.assert_array_equal(blocks["gate", 1], expected)
