@@ -1,8 +1,9 @@
 """The experts' bytes: error feedback under what the calibration text puts through them, ggml's bytes where they win.
 
 One pass over the checkpoint, one layer in memory, a few experts at a time: the second moments of their inputs, a choice
-of damping on tokens that the moments have not seen, the codes. The down projection is fitted to what the quantised gate
-and up give it, so it also undoes what it can of their error (as GPTAQ does along the network, arXiv:2504.02692).
+of damping on tokens that the moments have not seen, the codes. Two streams run along, the model's own and one whose
+experts are quantised: a matrix is fitted to what it will be given, so that it undoes what it can of the errors before
+it (asymmetric calibration, GPTAQ, arXiv:2504.02692), the down projection those of its own gate and up.
 
 Shapes: T tokens, K selected experts per token or columns of a matrix, D hidden, I intermediate, N rows, R sampled rows,
 E experts, n tokens of one expert, B bytes of an encoded row.
@@ -48,7 +49,7 @@ class Inputs:
     """What one matrix of one expert is given: by the model as it is, and by what is quantised before it."""
 
     exact_nK: torch.Tensor
-    found_nK: torch.Tensor  # the same tensor where nothing before it is quantised
+    found_nK: torch.Tensor
     weight_n: torch.Tensor
     held_out_n: torch.Tensor  # bool
 
@@ -64,7 +65,7 @@ class Moments:
     """Weighted means of one matrix's inputs, experts together."""
 
     hessian_EKK: torch.Tensor  # of found foundᵀ
-    cross_EKK: torch.Tensor  # of exact foundᵀ; the same tensor where nothing before is quantised
+    cross_EKK: torch.Tensor  # of exact foundᵀ
 
 
 def moments(inputs: Sequence[Inputs], held_out_too: bool, device: torch.device) -> Moments:
@@ -77,10 +78,10 @@ def moments(inputs: Sequence[Inputs], held_out_too: bool, device: torch.device) 
     weight_n = torch.cat([w / w.sum().clamp_min(1e-20) for w in weights]).to(device)
     offset_E1 = torch.tensor([0, *(len(w) for w in weights)]).cumsum(0).to(device)
     slot_n = torch.arange(len(weight_n), device=device)
-    hessian_EKK = backend.moments(found_nK, slot_n, offset_E1, weight_n)
-    if all(i.exact_nK is i.found_nK for i in inputs):
-        return Moments(hessian_EKK, hessian_EKK)
-    return Moments(hessian_EKK, backend.moments(found_nK, slot_n, offset_E1, weight_n, gathered("exact_nK"), slot_n))
+    return Moments(
+        backend.moments(found_nK, slot_n, offset_E1, weight_n),
+        backend.moments(found_nK, slot_n, offset_E1, weight_n, gathered("exact_nK"), slot_n),
+    )
 
 
 @torch.inference_mode()
@@ -99,7 +100,8 @@ def encode_experts(
     tokens = torch.from_numpy(tokens_SL).long()
     n_sequences, length = tokens.shape
     batch_sequences = max(1, BATCH_TOKENS // length)
-    hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens.split(batch_sequences)])
+    exact_SLD = torch.cat([stream.embed(batch) for batch in tokens.split(batch_sequences)])
+    found_SLD = exact_SLD.clone()
     layers = {layer for layer, _, _ in types}
     with ggml.encoding_threads(n_threads) as pool:
         for index in range(max(layers) + 1):
@@ -112,37 +114,61 @@ def encode_experts(
 
             with stream.layer(index) as layer:
                 block = find_experts(layer)
-                capture = LayerCapture(layer, block)
-                with capture.listening():
-                    for start in range(0, n_sequences, batch_sequences):
-                        step("activations", start, n_sequences)
-                        batch = hidden_SLD[start : start + batch_sequences]
-                        batch.copy_(stream.run(index, layer, batch))
+                own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
+                exact, found = LayerCapture(layer, block), LayerCapture(layer, block)
+                for start in range(0, n_sequences, batch_sequences):
+                    step("activations", start, n_sequences)
+                    exact_BLD, found_BLD = (x[start : start + batch_sequences] for x in (exact_SLD, found_SLD))
+                    if missing:
+                        with found.listening():
+                            stream.run(index, layer, found_BLD)
+                    with exact.listening():
+                        exact_BLD.copy_(stream.run(index, layer, exact_BLD))
                 if missing:
                     assert block is not None
-                    work = _LayerWork(block, capture, length, affinity, device, pool)
-                    own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
+                    work = _LayerWork(block, exact, found, length, affinity, device, pool)
                     spool.put(index, *work.encode(own, lambda done, total: step("quantise", done, total)))
+                if block is not None:
+                    _put_back(block, own, spool, index)
+                for start in range(0, n_sequences, batch_sequences):
+                    found_BLD = found_SLD[start : start + batch_sequences]
+                    found_BLD.copy_(stream.run(index, layer, found_BLD))
+
+
+def _put_back(block: ExpertBlock, types: Mapping[tuple[str, int], QuantType], spool: Spool, layer: int) -> None:
+    """The layer's experts as the file will have them."""
+
+    def decoded(matrix: str, expert: int) -> torch.Tensor:
+        quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
+        weights, n_bytes = ggml.block_shape(quant_type)
+        return torch.from_numpy(ggml.decode(blocks_NB, quant_type, blocks_NB.shape[1] // n_bytes * weights))
+
+    for expert in {expert for _, expert in types}:
+        block.set_gate_up(expert, torch.cat([decoded("gate", expert), decoded("up", expert)]))
+        block.set_down(expert, decoded("down", expert))
 
 
 class _LayerWork:
     def __init__(
         self,
         block: ExpertBlock,
-        capture: LayerCapture,
+        exact: LayerCapture,
+        found: LayerCapture,
         length: int,
         affinity: str,
         device: torch.device,
         pool: ThreadPoolExecutor,
     ):
         self._block, self._affinity, self._device, self._pool = block, affinity, device, pool
-        self._x_TD, self._ids_TK, self._gates_TK = capture.routed()
-        run = max(1, min(length, len(self._x_TD) // (2 * HELD_OUT)))
-        self._held_out_T = torch.arange(len(self._x_TD)) // run % HELD_OUT == HELD_OUT - 1
-        stride = max(1, len(self._x_TD) // LAYER_SAMPLE_TOKENS)
+        self._exact_TD, _, _ = exact.routed()
+        self._found_TD, self._ids_TK, self._gates_TK = found.routed()
+        n_tokens = len(self._found_TD)
+        run = max(1, min(length, n_tokens // (2 * HELD_OUT)))
+        self._held_out_T = torch.arange(n_tokens) // run % HELD_OUT == HELD_OUT - 1
         # stands in for what a cold expert has not seen
-        self._sample_nD = self._x_TD[stride // 2 :: stride]
-        self._sample_probability_nE = torch.softmax(self._sample_nD @ block.router_ED.T, dim=-1)
+        stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
+        self._sample_n = torch.arange(stride // 2, n_tokens, stride)
+        self._sample_probability_nE = torch.softmax(self._found_TD[self._sample_n] @ block.router_ED.T, dim=-1)
 
     def encode(
         self, types: Mapping[tuple[str, int], QuantType], progress: Callable[[int, int], None]
@@ -150,7 +176,7 @@ class _LayerWork:
         blocks: dict[tuple[str, int], np.ndarray] = {}
         outcomes: list[Outcome] = []
         n_experts = self._block.n_experts
-        widest = max(self._x_TD.shape[1], self._block.n_intermediate)
+        widest = max(self._found_TD.shape[1], self._block.n_intermediate)
         chunk = max(1, CHUNK_BYTES // (8 * widest**2))
         for start in range(0, n_experts, chunk):
             progress(start, n_experts)
@@ -183,14 +209,17 @@ class _LayerWork:
         tokens_n, gates_n = tokens_of(expert, self._ids_TK, self._gates_TK)
         own_n = self._weights(gates_n)
         probability_n = self._weights(self._sample_probability_nE[:, expert])
-        n_sample = len(self._sample_nD)
+        n_sample = len(self._sample_n)
         # means, the layer's with the belief of SHRINKAGE_TOKENS tokens
         own_n = own_n / own_n.sum().clamp_min(1e-20) * len(tokens_n)
         layer_n = probability_n / probability_n.sum().clamp_min(1e-20) * SHRINKAGE_TOKENS
         held_out_sample_n = torch.arange(n_sample) % HELD_OUT == HELD_OUT - 1
-        x_nD = torch.cat([self._x_TD[tokens_n], self._sample_nD])
+        tokens_n = torch.cat([tokens_n, self._sample_n])
         return Inputs(
-            x_nD, x_nD, torch.cat([own_n, layer_n]), torch.cat([self._held_out_T[tokens_n], held_out_sample_n])
+            self._exact_TD[tokens_n],
+            self._found_TD[tokens_n],
+            torch.cat([own_n, layer_n]),
+            torch.cat([self._held_out_T[tokens_n[:-n_sample]], held_out_sample_n]),
         )
 
     def _down_inputs(self, expert: int, given: Inputs, gate_ID: torch.Tensor, up_ID: torch.Tensor) -> Inputs:
@@ -282,10 +311,9 @@ class _LayerWork:
         for (quant_type, _, damping), keys in batches.items():
             factor_EKK = torch.stack([factors[key[1], damping] for key in keys])
             weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
-            if moments.cross_EKK is not moments.hessian_EKK:
-                places = [experts.index(key[1]) for key in keys]
-                hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
-                weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, factor_EKK)
+            places = [experts.index(key[1]) for key in keys]
+            hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
+            weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, factor_EKK)
             blocks_ENB = feedback.quantize(weight_ENK, quant_type, factor_EKK, self._pool).cpu().numpy()
             for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
                 decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])

@@ -103,7 +103,7 @@ def make_plan(
     )
     hidden = n_tokens * source.tensor("token_embd.weight").shape[1] * F32_BYTES
     moments_flops = sum(
-        2 * n_tokens * source.n_expert_used * tensor.shape[-1] ** 2
+        2 * 4 * n_tokens * source.n_expert_used * tensor.shape[-1] ** 2
         for tensor in source.tensors
         if expert_axis(tensor.name) is not None and tensor.quantisable
     )
@@ -129,7 +129,8 @@ def make_plan(
                 2 * largest_tensor,
                 1.5 * _largest_layer_params(source) * F32_BYTES
                 + _outer_params(source) * F32_BYTES
-                + 2 * hidden
+                # two streams, what the experts are given in each, and a chunk's share of that
+                + 5 * hidden
                 # a chunk's second moments, in f32 and f64, and its factors
                 + 8 * max(CHUNK_BYTES, 8 * _widest_expert(source) ** 2),
             )
@@ -139,8 +140,9 @@ def make_plan(
         + sum(role.n_bytes for role in roles if role.role == "expert")
         + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        # error feedback takes about as long as ggml's encoder; the text passes once, and so do its second moments
-        quantise_seconds=1.5 * source.n_params / encode_rate + (2 * active * n_tokens + moments_flops) / matrix_flops,
+        # error feedback takes about as long as ggml's encoder; the text passes three times
+        quantise_seconds=1.5 * source.n_params / encode_rate
+        + (3 * 2 * active * n_tokens + moments_flops) / matrix_flops,
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),

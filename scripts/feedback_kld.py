@@ -51,12 +51,15 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, nargs="+", required=True)
     parser.add_argument("--eval", type=Path, nargs="+", required=True)
     parser.add_argument("--affinity", nargs="+", choices=AFFINITIES, default=[AFFINITY])
+    parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens, of calibration text")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, from each --eval file")
     parser.add_argument("--work", type=Path, default=Path("feedback-out"))
     arguments = parser.parse_args()
 
     source, n_threads = open_source(arguments.model), available_cores()
-    stats = calibrated(source, Calibration(tuple(arguments.calib)), arguments.work, n_threads=n_threads)
+    stats = calibrated(
+        source, Calibration(tuple(arguments.calib), arguments.sequences), arguments.work, n_threads=n_threads
+    )
     base = arguments.work / "base.gguf"
     if not base.exists():
         write_float(arguments.model, base)

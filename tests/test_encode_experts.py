@@ -46,7 +46,9 @@ class Layer:
     pool: ThreadPoolExecutor
 
     def work(self, affinity: str = "gate") -> stage._LayerWork:
-        return stage._LayerWork(self.block, self.capture, LENGTH, affinity, torch.device("cpu"), self.pool)
+        return stage._LayerWork(
+            self.block, self.capture, self.capture, LENGTH, affinity, torch.device("cpu"), self.pool
+        )
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +184,41 @@ def test_spool(tmp_path: Path) -> None:
     assert not spool.has(6)
     spool.remove()
     assert not spool.folder.exists()
+
+
+def test_later_layers_are_fitted_to_what_reaches_them(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream that a layer is fitted to is the one that the layers before it, as quantised, make."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    init = stage._LayerWork.__init__
+
+    def spy(self: stage._LayerWork, *args: object) -> None:
+        init(self, *args)  # type: ignore[arg-type]
+        seen.append((self._exact_TD, self._found_TD))
+
+    monkeypatch.setattr(stage._LayerWork, "__init__", spy)
+    spool = Spool(tmp_path / "spool")
+    encode(tiny("qwen3_moe"), every_expert(QuantType.IQ2_XXS), spool)
+    (first, first_found), (second, second_found) = seen
+    assert torch.equal(first, first_found)
+
+    stream = LayerStream(tiny("qwen3_moe"))
+    with torch.inference_mode():
+        with stream.layer(0) as layer:
+            block = find_experts(layer)
+            assert block is not None
+            for e in range(N_EXPERTS):
+                matrices = {
+                    m: torch.from_numpy(ggml.decode(spool.get(0, m, e), QuantType.IQ2_XXS, 256))
+                    for m in ("gate", "up", "down")
+                }
+                block.set_gate_up(e, torch.cat([matrices["gate"], matrices["up"]]))
+                block.set_down(e, matrices["down"])
+            hidden_SLD = stream.run(0, layer, stream.embed(torch.from_numpy(TOKENS_SL)))
+        with stream.layer(1) as layer:
+            capture = LayerCapture(layer, find_experts(layer))
+            with capture.listening():
+                stream.run(1, layer, hidden_SLD)
+    torch.testing.assert_close(second_found, capture.routed()[0], rtol=1e-4, atol=1e-4)
+    assert (second - second_found).norm() > 0.01 * second.norm()
