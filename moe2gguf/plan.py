@@ -107,6 +107,8 @@ def make_plan(
         for tensor in source.tensors
         if expert_axis(tensor.name) is not None and tensor.quantisable
     )
+    widest = _widest_expert(source)
+    chunk_share = min(1.0, max(1, CHUNK_BYTES // (8 * widest**2)) / source.n_expert)
     roles = _roles(source, table, allocation)
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return ConversionPlan(
@@ -129,10 +131,11 @@ def make_plan(
                 2 * largest_tensor,
                 1.5 * _largest_layer_params(source) * F32_BYTES
                 + _outer_params(source) * F32_BYTES
-                # two streams, what the experts are given in each, and a chunk's share of that
-                + 5 * hidden
+                # two streams, what the experts are given in each, and what a chunk of them is given, copied once
+                + 4 * hidden
+                + 4 * chunk_share * source.n_expert_used * n_tokens * widest * F32_BYTES
                 # a chunk's second moments, in f32 and f64, and its factors
-                + 8 * max(CHUNK_BYTES, 8 * _widest_expert(source) ** 2),
+                + 8 * min(source.n_expert * 8 * widest**2, max(CHUNK_BYTES, 8 * widest**2)),
             )
         ),
         # experts lie in the work folder until the file is written
