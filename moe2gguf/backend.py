@@ -1,4 +1,4 @@
-"""Where the arithmetic runs: Triton kernels for tensors on a CUDA device, torch for all others.
+"""Where the arithmetic runs: Triton kernels for tensors on a CUDA device, torch and what numba compiles for others.
 
 The only importer of moe2gguf_kernels. Shapes: see moe2gguf.codec, moe2gguf.feedback and moe2gguf.moments.
 """
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2gguf import moments as plain_moments
+from moe2gguf import walk as plain_walk
 from moe2gguf.codec import CODECS, Codec, Fields
 from moe2gguf.errors import DeviceError
 from moe2gguf.ggml import QuantType
+from moe2gguf.walk import Tries, Walked
 
 if TYPE_CHECKING:
     from moe2gguf_kernels.layout import Layout
@@ -77,20 +79,17 @@ def layout(quant_type: QuantType, device: torch.device) -> "Layout":
 
 
 def pack(codec: Codec, fields: Fields) -> torch.Tensor:
-    """-> uint8 (R, B)"""
-    if not has_kernels(fields.codes_RC):
-        return codec.pack(fields)
-    from moe2gguf_kernels.pack import pack
+    """moe2gguf.codec.Codec.pack, on the device of its arguments: uint8 (R, B)"""
+    arguments = (*vars(fields).values(), layout(codec.quant_type, fields.codes_RC.device))
+    if has_kernels(fields.codes_RC):
+        from moe2gguf_kernels import pack as triton_pack
 
-    return pack(
-        fields.codes_RC,
-        fields.negative_RS,
-        fields.d_R,
-        fields.sub_RP,
-        fields.dmin_R,
-        fields.minimum_RP,
-        layout(codec.quant_type, fields.codes_RC.device),
-    )
+        return triton_pack.pack(*arguments)
+    if fields.codes_RC.is_cpu:
+        from moe2gguf_kernels import pack_cpu
+
+        return pack_cpu.pack(*arguments)
+    return codec.pack(fields)
 
 
 def decode(codec: Codec, blocks_RB: torch.Tensor) -> torch.Tensor:
@@ -102,17 +101,18 @@ def decode(codec: Codec, blocks_RB: torch.Tensor) -> torch.Tensor:
     return decode(blocks_RB, layout(codec.quant_type, blocks_RB.device))
 
 
-def walk(
-    codec: Codec,
-    target_TEN: torch.Tensor,
-    scale_JEN: torch.Tensor,
-    offset_JEN: torch.Tensor | None,
-    factor_ETT: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """feedback's walk by the kernels: codes, signs, errors, loss and which try, of the try of least loss."""
-    from moe2gguf_kernels.walk import walk
+def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch.Tensor) -> Walked:
+    """moe2gguf.walk.walk, on the device of its arguments."""
+    arguments = (target_TEN, tries.scale_JEN, tries.offset_JEN, factor_ETT, layout(codec.quant_type, target_TEN.device))
+    if has_kernels(target_TEN):
+        from moe2gguf_kernels import walk as triton_walk
 
-    return walk(target_TEN, scale_JEN, offset_JEN, factor_ETT, layout(codec.quant_type, target_TEN.device))
+        return Walked(*triton_walk.walk(*arguments))
+    if target_TEN.is_cpu:
+        from moe2gguf_kernels import walk_cpu
+
+        return Walked(*walk_cpu.walk(*arguments))
+    return plain_walk.walk(codec, target_TEN, tries, factor_ETT)
 
 
 def moments(

@@ -21,6 +21,7 @@ from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.codec import CODECS
 from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
@@ -55,7 +56,8 @@ class Inputs:
 
     def error(self, exact_RK: torch.Tensor, found_RK: torch.Tensor) -> float:
         """Mean squared output error of sampled rows on held-out tokens."""
-        rows = self.held_out_n.nonzero()[:MAX_HELD_OUT_TOKENS, 0]
+        rows = self.held_out_n.nonzero()[:, 0]
+        rows = rows[:: -(-len(rows) // MAX_HELD_OUT_TOKENS) or 1]  # from all of the text
         miss_nR = self.exact_nK[rows] @ exact_RK.T - self.found_nK[rows] @ found_RK.T
         return float(self.weight_n[rows] @ miss_nR.square().sum(1))
 
@@ -302,19 +304,19 @@ class _LayerWork:
         for key, weight in weights.items():
             batches.setdefault((types[key], weight.shape, dampings[key]), []).append(key)
         found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
-        factors: dict[tuple[int, float], torch.Tensor] = {}
+        curvatures: dict[float, tuple[list[int], Curvature]] = {}
         for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
             hessian_EKK = moments.hessian_EKK[[experts.index(e) for e in wanted]]
-            factor_EKK = feedback.inverse_factor(hessian_EKK, damping)
-            factors |= {(e, damping): factor_KK for e, factor_KK in zip(wanted, factor_EKK, strict=True)}
+            curvatures[damping] = wanted, feedback.curvature(hessian_EKK, damping)
         for (quant_type, _, damping), keys in batches.items():
-            factor_EKK = torch.stack([factors[key[1], damping] for key in keys])
+            wanted, curvature = curvatures[damping]
+            curvature = curvature.of([wanted.index(key[1]) for key in keys])
             weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
             places = [experts.index(key[1]) for key in keys]
             hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
-            weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, factor_EKK)
-            blocks_ENB = feedback.quantize(weight_ENK, quant_type, factor_EKK, self._pool).cpu().numpy()
+            weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, curvature.factor_EKK)
+            blocks_ENB = feedback.quantize(weight_ENK, quant_type, curvature, self._pool).cpu().numpy()
             for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
                 decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])
                 found[key] = blocks_NB, torch.from_numpy(decoded)

@@ -19,6 +19,7 @@ from moe2gguf import backend, feedback
 from moe2gguf.codec import CODECS, Codec
 from moe2gguf.errors import DeviceError
 from moe2gguf.ggml import QuantType
+from moe2gguf.walk import Tries
 
 N_EXPERTS, N_ROWS, N_COLUMNS = 8, 4096, 2048
 REPEATS = 3
@@ -59,14 +60,14 @@ def measure(codec: Codec, device: torch.device) -> tuple[float, float, float]:
     generator = torch.Generator(device).manual_seed(0)
     weight_ENK = torch.randn(N_EXPERTS, N_ROWS, N_COLUMNS, device=device, generator=generator)
     x_ETK = torch.randn(N_EXPERTS, 2 * N_COLUMNS, N_COLUMNS, device=device, generator=generator)
-    factor_EKK = feedback.inverse_factor(x_ETK.mT @ x_ETK, 0.01)
+    costs = feedback.curvature(x_ETK.mT @ x_ETK, 0.01)
     with ThreadPoolExecutor(1) as pool:
-        whole = seconds(lambda: feedback.quantize(weight_ENK, codec.quant_type, factor_EKK, pool))
-    n_sub, n_tries = codec.sub_weights, 5 if codec.width > 1 else 8
+        whole = seconds(lambda: feedback.quantize(weight_ENK, codec.quant_type, costs, pool))
+    n_sub, n_tries = codec.sub_weights, 5
     target_TEN = weight_ENK[..., :n_sub].permute(2, 0, 1).contiguous()
     scale_JEN = torch.full((n_tries, N_EXPERTS, N_ROWS), 0.1, device=device)
-    factor_ETT = factor_EKK[:, :n_sub, :n_sub]
-    walk = seconds(lambda: backend.walk(codec, target_TEN, scale_JEN, None, factor_ETT))
+    factor_ETT = costs.factor_EKK[:, :n_sub, :n_sub]
+    walk = seconds(lambda: backend.walk(codec, target_TEN, Tries(scale_JEN), factor_ETT))
     return whole, walk, floor_seconds(codec, target_TEN.numel(), n_tries)
 
 

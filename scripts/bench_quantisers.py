@@ -3,8 +3,8 @@
 
     python scripts/bench_quantisers.py IQ2_XXS Q4_K
 
-Eight experts of Qwen3-30B-A3B's gate shape, 768 x 2048. Feedback's time includes factoring the Hessians. The ratio is
-the median over the rounds.
+Experts of Qwen3-30B-A3B's shape: gate and up 768 x 2048, which share a Hessian, and down 2048 x 768. Feedback's time
+includes factoring the Hessians. The ratio is the median over the rounds.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from moe2gguf import feedback, ggml
@@ -21,7 +20,8 @@ from moe2gguf.codec import CODECS
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
 
-N_EXPERTS, N_ROWS, N_COLUMNS = 8, 768, 2048
+N_EXPERTS, N_HIDDEN, N_INTERMEDIATE = 4, 2048, 768
+DAMPING = 0.03
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -36,31 +36,43 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     rng = torch.Generator().manual_seed(0)
-    weight_ENK = torch.randn(N_EXPERTS, N_ROWS, N_COLUMNS, generator=rng)
-    # as many tokens as columns, with a spectrum that falls as activations' do
-    x_EnK = torch.randn(N_EXPERTS, 2 * N_COLUMNS, N_COLUMNS, generator=rng) * torch.arange(1, N_COLUMNS + 1) ** -0.25
-    hessian_EKK = x_EnK.mT @ x_EnK
-    importance_EK = hessian_EKK.diagonal(dim1=1, dim2=2).numpy()
+    # gate above up: their rows are quantised together, as they share their inputs
+    weights = [
+        torch.randn(N_EXPERTS, 2 * N_INTERMEDIATE, N_HIDDEN, generator=rng),
+        torch.randn(N_EXPERTS, N_HIDDEN, N_INTERMEDIATE, generator=rng),
+    ]
+    hessians = [second_moments(weight_ENK.shape[2], rng) for weight_ENK in weights]
+    n_million = sum(weight_ENK.numel() for weight_ENK in weights) / 1e6
 
     print(f"type      ggml M/s  feedback M/s  ratio  ({available_cores()} threads)")
     with ThreadPoolExecutor(available_cores()) as pool:
         for quant_type in arguments.types:
 
             def plain(quant_type: QuantType = quant_type) -> None:
-                def encode(weight_NK: torch.Tensor, importance_K: np.ndarray) -> None:
-                    ggml.encode(weight_NK.numpy(), quant_type, importance_K)
+                def encode(job: tuple[torch.Tensor, torch.Tensor]) -> None:
+                    ggml.encode(job[0].numpy(), quant_type, job[1].diagonal().numpy())
 
-                list(pool.map(encode, weight_ENK, importance_EK))
+                jobs = [job for pair in zip(weights, hessians, strict=True) for job in zip(*pair, strict=True)]
+                list(pool.map(encode, jobs))
 
             def fed_back(quant_type: QuantType = quant_type) -> None:
-                factor_EKK = feedback.inverse_factor(hessian_EKK, 0.03)
-                feedback.quantize(weight_ENK, quant_type, factor_EKK, pool)
+                for weight_ENK, hessian_EKK in zip(weights, hessians, strict=True):
+                    feedback.quantize(weight_ENK, quant_type, feedback.curvature(hessian_EKK, DAMPING), pool)
 
-            ggml.encode(weight_ENK[0, :1].numpy(), quant_type, importance_EK[0])  # builds the codebook's tables
+            # builds the codebook's tables, and compiles
+            ggml.encode(weights[0][0, :1].numpy(), quant_type, hessians[0][0].diagonal().numpy())
+            few = feedback.curvature(hessians[1][:1, :256, :256], DAMPING)
+            feedback.quantize(weights[1][:1, :2, :256], quant_type, few, pool)
             rounds = [(timed(plain), timed(fed_back)) for _ in range(arguments.rounds)]
-            rates = [weight_ENK.numel() / 1e6 / statistics.median(times) for times in zip(*rounds, strict=True)]
+            rates = [n_million / statistics.median(times) for times in zip(*rounds, strict=True)]
             ratio = statistics.median(a / b for a, b in rounds)
             print(f"{quant_type.name:8} {rates[0]:9.2f} {rates[1]:13.2f} {ratio:6.2f}", flush=True)
+
+
+def second_moments(n_columns: int, rng: torch.Generator) -> torch.Tensor:
+    """Of twice as many tokens as columns, with a spectrum that falls as activations' do: f32 (E, K, K)."""
+    x_EnK = torch.randn(N_EXPERTS, 2 * n_columns, n_columns, generator=rng) * torch.arange(1, n_columns + 1) ** -0.25
+    return x_EnK.mT @ x_EnK
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_down_is_fitted_to_what_it_will_be_given() -> None:
     inputs = Inputs(exact_nK, found_nK, weight_n, torch.zeros(300, dtype=torch.bool))
     found = stage.moments([inputs], True, torch.device("cpu"))
     hessian_KK = found.hessian_EKK[0]
-    factor_EKK = feedback.inverse_factor(found.hessian_EKK, 0.1)
+    factor_EKK = feedback.curvature(found.hessian_EKK, 0.1).factor_EKK
     found_NK = stage._fitted(weight_NK[None], found.hessian_EKK, found.cross_EKK, factor_EKK)[0]
 
     share_n = (weight_n / weight_n.sum()).double().sqrt()[:, None]

@@ -36,7 +36,7 @@ class Levels:
     are_consecutive: bool  # integers, and their codes in the same order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per type and device: an argument of caches
 class Layout:
     """weight = d * (sub_scale[sub] * sign * codebook[code] + sub_offset[sub]) - dmin * minimum; None: no such field."""
 

@@ -1,4 +1,4 @@
-"""The walk of error feedback over one sub-block. Reference: moe2gguf.feedback's function of the same name.
+"""The walk of error feedback over one sub-block. Reference: moe2gguf.walk's function.
 
 Each column's target is moved by the errors of the columns before it, times their row of the factor U; its code is the
 nearest one. The walk is repeated for every scale tried, and what the cheapest left behind is what stays.

@@ -13,7 +13,7 @@ from moe2gguf.codec import CODECS
 from moe2gguf.ggml import QuantType
 from moe2gguf_kernels.moments import moments
 from moe2gguf_kernels.walk import walk
-from tests.kernels.test_walk import factor
+from tests.walks import factor
 
 FAR = 2**31 + 64
 FILES = sorted(Path(moe2gguf_kernels.__file__).parent.glob("*.py"))

@@ -1,0 +1,180 @@
+"""Scales for a block and its sub-blocks, as the file can hold them: from the weights, and near those there are.
+
+Shapes: see moe2gguf.walk; S weights of a block, Q values of a sub-block's scale.
+"""
+
+import torch
+
+from moe2gguf.codec import Codec
+from moe2gguf.walk import Tries, chosen, nearest_level
+
+# rms of the weights over rms of the codebook for the scale that mostly is best, by width; and its multiples tried
+CODEBOOK_START = {8: 1.1, 4: 1.2}
+CODEBOOK_TRIES = (0.8, 0.9, 1.0, 1.1, 1.2)
+# IQ1's codebooks are large, and their sub-blocks' scales few
+LARGE_CODEBOOK, LARGE_CODEBOOK_TRIES = 2048, (0.92, 1.08)
+# with levels, the scale that just avoids clipping, and so many steps less or more over the whole range
+LEVEL_TRIES = (-1.6, -0.9, -0.4, 0.0, 0.6)
+# of a scale that stands by itself its neighbours are so many steps away
+NEAR_TRIES = (0.0, -0.5, 0.5)
+# with levels and minimums, what a block's own scales are chosen by
+BLOCK_LEVEL_TRY = -0.8
+# room for what feedback adds to later sub-blocks
+HEADROOM = 1.08
+HALF_MAX = 65504.0
+
+
+def block_scales(
+    codec: Codec, weight_SEN: torch.Tensor, cost_SE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d and dmin, f16 (E, N), that let each sub-block have the scale that fits it without feedback; d ones for none."""
+    if codec.places.d is None or codec.sub_scale_Q is None:
+        return torch.ones(weight_SEN.shape[1:], dtype=torch.float16, device=weight_SEN.device), None
+    # of signed sub-scales the lowest reaches further
+    low, high = codec.sub_scale_Q.min(), codec.sub_scale_Q.max()
+    parts = zip(weight_SEN.split(codec.sub_weights), cost_SE.split(codec.sub_weights), strict=True)
+    if codec.has_minimum:
+        lines = [_lines(codec, weight_TEN, cost_TE, (BLOCK_LEVEL_TRY,)) for weight_TEN, cost_TE in parts]
+        scale_PEN, minimum_PEN = (torch.cat(x) for x in zip(*lines, strict=True))
+        return _half(HEADROOM * scale_PEN.amax(0) / high), _half(HEADROOM * minimum_PEN.amax(0) / high)
+    if codec.width > 1:
+        scale_PEN = torch.stack([_codebook_scale(codec, weight_TEN, cost_TE) for weight_TEN, cost_TE in parts])
+    else:
+        scale_PEN = torch.stack([_full_scale(codec, weight_TEN) for weight_TEN, _ in parts])
+    largest_EN = chosen(scale_PEN, scale_PEN.abs().argmax(0))
+    return _half(HEADROOM * largest_EN / (low if low < 0 else high)), None
+
+
+def first_tries(
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, d_EN: torch.Tensor, dmin_EN: torch.Tensor | None
+) -> Tries:
+    """Around what fits the weights best."""
+    d_EN = d_EN.float()
+    if codec.has_minimum:
+        assert codec.sub_scale_Q is not None and dmin_EN is not None
+        scale_JEN, minimum_JEN = _lines(codec, target_TEN, cost_TE, LEVEL_TRIES)
+        values_Q = codec.sub_scale_Q.to(target_TEN.device)
+        sub_JEN, _ = nearest_level(values_Q, scale_JEN, d_EN)
+        minimum_JEN, _ = nearest_level(values_Q, minimum_JEN, dmin_EN.float())
+        return held(codec, d_EN, dmin_EN, sub_JEN, minimum_JEN)
+    if codec.width > 1:
+        multiples = [*(CODEBOOK_TRIES if len(codec.codebook_GW) < LARGE_CODEBOOK else LARGE_CODEBOOK_TRIES)]
+        scale_EN = _codebook_scale(codec, target_TEN, cost_TE)
+    else:
+        multiples = [1 + steps / len(codec.codebook_GW) for steps in LEVEL_TRIES]
+        scale_EN = _full_scale(codec, target_TEN)
+    scale_JEN = scale_EN * torch.tensor(multiples, device=scale_EN.device)[:, None, None]
+    if codec.sub_scale_Q is None:
+        return Tries(_half(scale_JEN).float())
+    if codec.places.d is None:  # powers of two
+        exponent_JEN = (scale_JEN.clamp_min(1e-30).log2().round() + 128).clamp(1, 254)
+        sub_JEN = torch.cat([exponent_JEN.amin(0, keepdim=True) + i for i in range(3)]).clamp_max(254).int()
+        return held(codec, d_EN, None, sub_JEN)
+    n = _n_scales(codec)
+    sub_JEN, _ = nearest_level(codec.sub_scale_Q[:n].to(target_TEN.device), scale_JEN, d_EN)
+    # where there are two shifts, both for every scale
+    return held(codec, d_EN, None, sub_JEN if codec.sub_offset_Q is None else torch.cat([sub_JEN, sub_JEN + n]))
+
+
+def _codebook_scale(codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor) -> torch.Tensor:
+    cost_TEN = cost_TE[..., None]
+    rms_EN = ((target_TEN.square() * cost_TEN).sum(0) / cost_TEN.sum(0)).sqrt()
+    return CODEBOOK_START[codec.width] * rms_EN / codec.codebook_GW.square().mean().sqrt().item()
+
+
+def _full_scale(codec: Codec, target_TEN: torch.Tensor) -> torch.Tensor:
+    """The scale that just avoids clipping, f32 (E, N)."""
+    low, high = codec.codebook_GW.min().item(), codec.codebook_GW.max().item()
+    lowest_EN, highest_EN = target_TEN.amin(0), target_TEN.amax(0)
+    if codec.sub_scale_Q is not None and bool((codec.sub_scale_Q >= 0).all()):
+        return torch.maximum(-lowest_EN, highest_EN) / high
+    # a scale below zero turns the range around, so that the largest weight meets the end that reaches further
+    return torch.where(-lowest_EN > highest_EN, lowest_EN, highest_EN) / low
+
+
+def _lines(
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, level_tries: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minimums that fit the levels of narrower and wider ranges, f32 (J, E, N)."""
+    cost_TEN = cost_TE[..., None]
+    levels_G = codec.codebook_GW[:, 0].to(target_TEN.device)
+    bottom_EN, top_EN = target_TEN.amin(0).clamp_max(0), target_TEN.amax(0)
+    lines = []
+    for steps in level_tries:
+        middle_EN, half_EN = (top_EN + bottom_EN) / 2, (1 + steps / len(levels_G)) * (top_EN - bottom_EN) / 2
+        minimum_EN = (half_EN - middle_EN).clamp_min(0)
+        scale_EN = 2 * half_EN / levels_G[-1].item()
+        _, level_TEN = nearest_level(levels_G, target_TEN + minimum_EN, scale_EN)
+        lines.append(_line(level_TEN, target_TEN, cost_TEN, scale_EN, minimum_EN))
+    scales, minimums = zip(*lines, strict=True)
+    return torch.stack(scales), torch.stack(minimums)
+
+
+def _line(
+    level_TEN: torch.Tensor, target_TEN: torch.Tensor, cost_TEN: torch.Tensor, scale_EN: torch.Tensor,
+    minimum_EN: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Least squares of target = scale * level - minimum, minimum >= 0."""
+    weighted_TEN = cost_TEN * level_TEN
+    c, cl = cost_TEN.sum(0), weighted_TEN.sum(0)
+    cll, clt = (weighted_TEN * level_TEN).sum(0), (weighted_TEN * target_TEN).sum(0)
+    ct = (cost_TEN * target_TEN).sum(0)
+    determinant = c * cll - cl * cl
+    fits = determinant > 1e-6 * c * cll
+    scale = torch.where(fits, (c * clt - cl * ct) / determinant, scale_EN)
+    minimum = torch.where(fits, (cl * clt - cll * ct) / determinant, minimum_EN)
+    through_zero = torch.where(cll > 0, clt / cll, scale_EN)
+    return torch.where(minimum < 0, through_zero, scale), minimum.clamp_min(0)
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-HALF_MAX, HALF_MAX).half()
+
+
+def _n_scales(codec: Codec) -> int:
+    """Of a sub-block, whatever its shift."""
+    assert codec.sub_scale_Q is not None
+    return len(codec.sub_scale_Q) if codec.sub_offset_Q is None else len(codec.sub_scale_Q) // 2
+
+
+def near_tries(
+    codec: Codec, d_EN: torch.Tensor, sub_EN: torch.Tensor | None, dmin_EN: torch.Tensor | None,
+    minimum_EN: torch.Tensor | None,
+) -> Tries:  # fmt: skip
+    """The scale there is, first, and its neighbours."""
+    if codec.sub_scale_Q is None:
+        multiples = 1 + torch.tensor(NEAR_TRIES, device=d_EN.device) / len(codec.codebook_GW)
+        return Tries(_half(d_EN * multiples[:, None, None]).float())
+    assert sub_EN is not None
+    n = _n_scales(codec)
+    order_Q = codec.sub_scale_Q[:n].argsort().to(d_EN.device)
+    shift_EN = sub_EN // n * n
+    place_EN = order_Q.argsort()[(sub_EN - shift_EN).long()]
+    lower, higher = (order_Q[(place_EN + i).clamp(0, n - 1)].int() + shift_EN for i in (-1, 1))
+    if codec.sub_offset_Q is not None:  # and the other shift
+        return held(codec, d_EN, None, torch.stack([sub_EN, lower, higher, sub_EN + n - 2 * shift_EN]))
+    if minimum_EN is None:
+        return held(codec, d_EN, None, torch.stack([sub_EN, lower, higher]))
+    less, more = (minimum_EN - 1).clamp_min(0), (minimum_EN + 1).clamp_max(n - 1)
+    return held(
+        codec, d_EN, dmin_EN,
+        torch.stack([sub_EN, lower, higher, sub_EN, sub_EN]),
+        torch.stack([minimum_EN, minimum_EN, minimum_EN, less, more]),
+    )  # fmt: skip
+
+
+def held(
+    codec: Codec, d_EN: torch.Tensor, dmin_EN: torch.Tensor | None, sub_JEN: torch.Tensor,
+    minimum_JEN: torch.Tensor | None = None,
+) -> Tries:  # fmt: skip
+    """What the file's scales stand for."""
+    assert codec.sub_scale_Q is not None
+    d_EN = d_EN.float()  # ones where the type has none
+    scale_JEN = d_EN * codec.sub_scale_Q.to(d_EN.device)[sub_JEN.long()]
+    offset_JEN = None
+    if codec.sub_offset_Q is not None:
+        offset_JEN = d_EN * codec.sub_offset_Q.to(d_EN.device)[sub_JEN.long()]
+    if minimum_JEN is not None:
+        assert dmin_EN is not None
+        offset_JEN = -dmin_EN.float() * minimum_JEN
+    return Tries(scale_JEN, offset_JEN, sub_JEN, minimum_JEN)
