@@ -49,12 +49,11 @@ class Curvature:
 
 def curvature(hessian_EKK: torch.Tensor, damping: float) -> Curvature:
     """Of H + damping * mean(diag H) * I; f32 (E, K, K), factored in f64."""
-    hessian_EKK = hessian_EKK.double()
-    mean_E = hessian_EKK.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped_EKK = hessian_EKK.to(torch.float64, copy=True)
+    diagonal_EK = damped_EKK.diagonal(dim1=-2, dim2=-1)
+    mean_E = diagonal_EK.mean(-1)
     # an expert that nothing was seen of has no Hessian: all columns count alike
-    ridge_E = torch.where(mean_E > 0, damping * mean_E, 1.0)
-    identity_KK = torch.eye(hessian_EKK.shape[-1], dtype=torch.float64, device=hessian_EKK.device)
-    damped_EKK = hessian_EKK + ridge_E[:, None, None] * identity_KK
+    diagonal_EK += torch.where(mean_E > 0, damping * mean_E, 1.0)[:, None]
     return Curvature(damped_EKK.float(), inverse_factor(damped_EKK))
 
 

@@ -9,6 +9,7 @@ error feedback's share of it; perplexity's rise likewise. --eval files count ali
 
 import argparse
 import dataclasses
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import available_cores
 from moe2gguf.pipeline import Calibration, calibrated, write_float
 from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors
+from moe2gguf.runtime import tool
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Spool
 from moe2gguf.stats import CalibrationStats
@@ -53,6 +55,9 @@ def main() -> None:
     parser.add_argument("--affinity", nargs="+", choices=AFFINITIES, default=[AFFINITY])
     parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens, of calibration text")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, from each --eval file")
+    parser.add_argument(
+        "--exact", action="store_true", help="run the values in F32, without the type's own kernel's 8-bit activations"
+    )
     parser.add_argument("--work", type=Path, default=Path("feedback-out"))
     arguments = parser.parse_args()
 
@@ -69,6 +74,11 @@ def main() -> None:
         path = arguments.work / "candidate.gguf"
         encoded = encode_tensors(plan, n_threads, lambda *_: None, spool)
         write_gguf(source, plan, encoded, {}, Target(path, overwrite=True))
+        if arguments.exact:
+            quantised, path = path, path.with_name("exact.gguf")
+            subprocess.run(
+                [tool("llama-quantize"), "--allow-requantize", quantised, path, "F32"], check=True, capture_output=True
+            )
         return evaluate(base, [path], text, max_chunks=arguments.chunks * len(arguments.eval))[0]
 
     print(
