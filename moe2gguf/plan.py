@@ -38,6 +38,8 @@ GIB = 1 << 30
 F32_BYTES = 4
 # interpreter, torch and the libraries, before any tensor
 BASE_BYTES = GIB // 2
+# numba and what it compiles
+COMPILER_BYTES = GIB // 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +129,13 @@ def make_plan(
         ),
         quantise_ram_bytes=int(
             BASE_BYTES
+            + COMPILER_BYTES
             + max(
                 2 * largest_tensor,
                 1.5 * _largest_layer_params(source) * F32_BYTES
                 + _outer_params(source) * F32_BYTES
                 # two streams and, twice, what the experts are given in each; then what each matrix of a chunk is given
-                # in both, copied while its moments are taken (measured: 2.2 GiB for the bundled model)
+                # in both, copied while its moments are taken (measured: 2.4 GiB for the bundled model)
                 + 7 * hidden
                 + 10 * chunk_share * source.n_expert_used * n_tokens * widest * F32_BYTES
                 # a chunk's second moments, in f32 and f64, and its factors
