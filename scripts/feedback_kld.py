@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What error feedback is worth: all experts at one type, everything else BF16, against ggml's encoder.
 
-    python scripts/feedback_kld.py --calib calib.txt --eval eval.txt IQ2_XXS IQ3_XXS Q4_K
+    python scripts/feedback_kld.py --calib calib.txt --eval eval.txt -- IQ2_XXS IQ3_XXS Q4_K
 
 One line per type: mean KL divergence from BF16 with ggml's encoder and an importance matrix, and for each affinity
 error feedback's share of it; perplexity's rise likewise. --eval files count alike, a few chunks of each.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from moe2gguf.codec import CODECS
 from moe2gguf.encode_experts import AFFINITIES, AFFINITY, encode_experts
 from moe2gguf.evaluate import Evaluation, evaluate
 from moe2gguf.ggml import QuantType
@@ -48,7 +49,7 @@ def uniform_plan(source: Source, stats: CalibrationStats, quant_type: QuantType)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="+", type=lambda name: QuantType[name.upper()])
+    parser.add_argument("types", nargs="*", type=lambda name: QuantType[name.upper()], default=list(CODECS))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calib", type=Path, nargs="+", required=True)
     parser.add_argument("--eval", type=Path, nargs="+", required=True)
