@@ -33,6 +33,7 @@ from moe2gguf.walk import chosen, feed_back
 ROWS_PER_JOB = 2048
 # the first takes most of what there is to gain
 SWEEPS = 2
+# up to so many columns by substitution
 SMALL_TRIANGLE = 256
 
 

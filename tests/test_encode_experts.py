@@ -121,6 +121,15 @@ def test_down_is_fitted_to_what_it_will_be_given() -> None:
         torch.testing.assert_close(row_K.double(), solved_K, rtol=1e-4, atol=1e-5)
 
 
+def test_held_out_tokens_are_of_all_of_the_text() -> None:
+    """Errors that only its second half brings out are seen, however long it is."""
+    n = 4 * stage.MAX_HELD_OUT_TOKENS
+    x_nK = torch.zeros(n, 2)
+    x_nK[n // 2 :, 0] = 1
+    inputs = Inputs(x_nK, x_nK, torch.ones(n), torch.ones(n, dtype=torch.bool))
+    assert inputs.error(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)) == stage.MAX_HELD_OUT_TOKENS / 2
+
+
 def test_less_error_than_ggml_on_what_was_not_seen(tiny: Callable[..., Path], tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     encode(tiny("qwen3_moe"), every_expert(QuantType.IQ2_XXS), spool)
