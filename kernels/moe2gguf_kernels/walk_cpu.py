@@ -3,19 +3,23 @@
 As in moe2gguf_kernels.walk, but a tile's rows are the lanes of vector instructions: every inner loop runs over them,
 over memory that is contiguous in them. One thread; callers share the rows out.
 
-Shapes: see moe2gguf_kernels.walk; X and Y parts of codes, Z = X + Y.
+Shapes: see moe2gguf_kernels.walk; X single levels, Y pairs of them, Z = X + Y; A first and B second halves of codes,
+I pairs of those.
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from moe2gguf_kernels.compiled import compiled
+from moe2gguf_kernels.compiled import compiled, unaliased
 from moe2gguf_kernels.layout import SIGN_WEIGHTS, Layout
 
 # enough to outweigh what a loop takes to start; a sub-block of them still fits the second cache
 ROWS = 128
+# distances compared in one pass over the rows
+UNROLLED = 4
 
 
 def walk(
@@ -46,42 +50,81 @@ def walk(
         _walk_levels(*inputs, *(table.numpy() for table in tables), layout.levels.are_consecutive, *outputs)
     else:
         step = SIGN_WEIGHTS if layout.has_even_signs else width
-        _walk_codebook(*inputs, layout.codebook_GW.numpy(), *_parts(layout), step, layout.has_even_signs, *outputs)
+        _walk_codebook(*inputs, layout.codebook_GW.numpy(), _parts(layout), step, layout.has_even_signs, *outputs)
     code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN = map(torch.from_numpy, outputs)
     return code_CEN, None if layout.signs is None else negative_TEN, error_TEN, loss_EN, tried_EN
 
 
-@functools.cache
-def _parts(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+class Parts(NamedTuple):
     """The distinct parts of the codes, so that what many have in common is computed once.
 
-    First single levels: their weights i64 (X,) and values f32 (X,). Then sums of two parts before them, i64 (Y, 2):
-    pairs, and so on up to halves. At last the codes, as sums of two halves, i64 (G, 2).
+    Numbers are u64: of indices that may be negative the compiler makes more.
     """
+
+    weight_X: np.ndarray  # of the single levels
+    level_X: np.ndarray  # f32
+    pair_Y2: np.ndarray  # the numbers of two levels each; none where pairs are halves
+    first_A2: np.ndarray  # of two pairs, counted after the levels, or of two levels: first halves
+    second_B2: np.ndarray  # second halves
+    start_A1: np.ndarray  # where each first half's partners start among all
+    partner_I: np.ndarray  # numbers of second halves, the last repeated up to a multiple of UNROLLED
+    code_AB: np.ndarray  # i32, 0 where no code has these halves
+
+
+class Scratch(NamedTuple):
+    part_ZR: np.ndarray  # f32, distances
+    first_AR: np.ndarray  # f32
+    second_BR: np.ndarray  # f32
+    partner_AR: np.ndarray  # f32
+    least_R: np.ndarray  # f32
+    product_R: np.ndarray  # f32
+    which_R: np.ndarray  # i32
+
+
+@functools.cache
+def _parts(layout: Layout) -> Parts:
     codebook_GW = layout.codebook_GW.numpy()
     width = codebook_GW.shape[1]
+    half = width // 2
     numbers: dict[tuple[int, tuple[float, ...]], int] = {}
 
     def distinct(start: int, length: int) -> list[tuple[float, ...]]:
         return [tuple(part) for part in np.unique(codebook_GW[:, start : start + length], axis=0).tolist()]
 
-    def two(start: int, part: tuple[float, ...]) -> tuple[int, int]:
-        middle = len(part) // 2
-        return numbers[start, part[:middle]], numbers[start + middle, part[middle:]]
+    def sums(start: int, length: int) -> list[tuple[int, int]]:
+        middle = start + length // 2
+        return [
+            (numbers[start, part[: length // 2]], numbers[middle, part[length // 2 :]])
+            for part in distinct(start, length)
+        ]
 
-    singles = [(w, level) for w in range(width) for (level,) in distinct(w, 1)]
-    numbers |= {(w, (level,)): i for i, (w, level) in enumerate(singles)}
-    sums = []
-    length = 2
-    while length < width:
-        for start in range(0, width, length):
-            for part in distinct(start, length):
-                sums.append(two(start, part))
-                numbers[start, part] = len(numbers)
-        length *= 2
-    codes = [two(0, tuple(code)) for code in codebook_GW.tolist()]
-    weights, levels = zip(*singles, strict=True)
-    return np.array(weights), np.array(levels, np.float32), np.array(sums), np.array(codes)
+    def number(length: int) -> list[tuple[int, tuple[float, ...]]]:
+        parts = [(start, part) for start in range(0, width, length) for part in distinct(start, length)]
+        numbers.update({part: len(numbers) + i for i, part in enumerate(parts)})
+        return parts
+
+    singles = number(1)
+    pairs = [pair for start in range(0, width, 2) for pair in sums(start, 2)] if half > 2 else []
+    if pairs:
+        number(2)
+    firsts, seconds = ({part: i for i, part in enumerate(distinct(start, half))} for start in (0, half))
+    code_AB = np.zeros((len(firsts), len(seconds)), np.int32)
+    partners: list[list[int]] = [[] for _ in firsts]
+    for code, levels in enumerate(codebook_GW.tolist()):
+        a, b = firsts[tuple(levels[:half])], seconds[tuple(levels[half:])]
+        code_AB[a, b] = code
+        partners[a].append(b)
+    padded = [own + own[-1:] * (-len(own) % UNROLLED) for own in partners]
+    return Parts(
+        np.array([w for w, _ in singles], np.uint64),
+        np.array([level for _, (level,) in singles], np.float32),
+        np.array(pairs, np.uint64).reshape(-1, 2),
+        np.array(sums(0, half), np.uint64),
+        np.array(sums(half, half), np.uint64),
+        np.cumsum([0, *map(len, padded)], dtype=np.uint64),
+        np.concatenate(padded).astype(np.uint64),
+        code_AB,
+    )
 
 
 @compiled
@@ -90,13 +133,12 @@ def _walk_levels(
     code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN,
 ):  # fmt: skip
     n_sub, n_experts, n_rows = target_TEN.shape
-    low, high = level_G[0], level_G[-1]
-    left = np.empty((n_sub, ROWS), np.float32)
     n_tries = len(scale_JEN)
+    left = np.zeros((n_sub, ROWS), np.float32)
     errors = np.empty((n_tries, n_sub, ROWS), np.float32)
     codes = np.empty((n_tries, n_sub, ROWS), np.int32)
     losses = np.empty((n_tries, ROWS), np.float32)
-    scale, inverse = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    scale, inverse = np.zeros(ROWS, np.float32), np.empty(ROWS, np.float32)
     level, quotient = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for e in range(n_experts):
         for first in range(0, n_rows, ROWS):
@@ -104,50 +146,41 @@ def _walk_levels(
             for j in range(n_tries):
                 code, error, loss = codes[j], errors[j], losses[j]
                 _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left, scale, loss)
-                for r in range(n):
-                    # a zero scale decodes to zero whatever the code
-                    inverse[r] = np.float32(1) / scale[r] if scale[r] != 0 else np.float32(0)
+                _invert(scale, inverse)
                 for t in range(n_sub):
                     if consecutive:
-                        for r in range(n):
-                            nearest = np.rint(left[t, r] * inverse[r])
-                            nearest = nearest if nearest > low else low  # as is what compares with nothing
-                            level[r] = nearest if nearest < high else high
-                            code[t, r] = np.int32(level[r] - low)
+                        _round(left[t], inverse, level_G[0], level_G[-1], level, code[t])
                     else:
-                        for r in range(n):
-                            quotient[r] = left[t, r] * inverse[r]
-                            level[r] = low
-                            code[t, r] = code_G[0]
-                        for g in range(len(boundary_G)):
-                            boundary, above, code_above = boundary_G[g], level_G[g + 1], code_G[g + 1]
-                            for r in range(n):
-                                is_above = quotient[r] > boundary
-                                level[r] = above if is_above else level[r]
-                                code[t, r] = code_above if is_above else code[t, r]
-                    inverse_factor = np.float32(1) / factor_ETT[e, t, t]
-                    for r in range(n):
-                        error[t, r] = (left[t, r] - scale[r] * level[r]) * inverse_factor
-                        loss[r] += error[t, r] * error[t, r]
-                    _feed_back(t, t + 1, n_sub, factor_ETT[e], n, error, left)
+                        _nearest_level(left[t], inverse, level_G, code_G, boundary_G, quotient, level, code[t])
+                    _miss(left[t], scale, level, error[t])
+                    _whiten(np.float32(1) / factor_ETT[e, t, t], error[t], loss)
+                    _feed_back(t, t + 1, n_sub, factor_ETT[e], error, left)
             _keep_best(e, first, n, codes, errors, errors, losses, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN)
 
 
 @compiled
 def _walk_codebook(
-    target_TEN, scale_JEN, offset_JEN, factor_ETT, codebook_GW, part_weight_X, part_level_X, sum_Y2, code_G2, step,
-    even_signs, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN,
+    target_TEN, scale_JEN, offset_JEN, factor_ETT, codebook_GW, parts, step, even_signs,
+    code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN,
 ):  # fmt: skip
     n_sub, n_experts, n_rows = target_TEN.shape
     width = codebook_GW.shape[1]
     n_tries = len(scale_JEN)
-    left = np.empty((n_sub, ROWS), np.float32)
+    left = np.zeros((n_sub, ROWS), np.float32)
     errors = np.empty((n_tries, n_sub, ROWS), np.float32)
     signs = np.ones((n_tries, n_sub, ROWS), np.float32)  # 1 or -1
     codes = np.empty((n_tries, n_sub // width, ROWS), np.int32)
     losses = np.empty((n_tries, ROWS), np.float32)
-    scale, least = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
-    distance = np.empty((len(part_weight_X) + len(sum_Y2), ROWS), np.float32)
+    scale, level = np.zeros(ROWS, np.float32), np.empty(ROWS, np.float32)
+    scratch = Scratch(
+        np.empty((len(parts.weight_X) + len(parts.pair_Y2), ROWS), np.float32),
+        np.empty((len(parts.first_A2), ROWS), np.float32),
+        np.empty((len(parts.second_B2), ROWS), np.float32),
+        np.empty((len(parts.first_A2), ROWS), np.float32),
+        np.empty(ROWS, np.float32),
+        np.empty(ROWS, np.float32),
+        np.empty(ROWS, np.int32),
+    )
     cost_T = np.empty(n_sub, np.float32)
     for e in range(n_experts):
         for t in range(n_sub):
@@ -161,31 +194,26 @@ def _walk_codebook(
                     stop = start + step
                     if len(negative_TEN):
                         for t in range(start, stop):
-                            for r in range(n):
-                                sign[t, r] = np.float32(-1) if left[t, r] < 0 else np.float32(1)
+                            _take_sign(left[t], sign[t])
                     if even_signs:
-                        _make_signs_even(left[start:stop], sign[start:stop], cost_T[start:stop], n)
+                        _make_signs_even(left[start:stop], sign[start:stop], cost_T[start:stop], scratch)
                     for own in range(start, stop, width):
-                        _distances(part_weight_X, part_level_X, sum_Y2, own, left, sign, cost_T, scale, n, distance)
-                        _nearest(code_G2, distance, n, least, code[own // width])
+                        _search(parts, own, left, sign, cost_T, scale, scratch, code[own // width])
                     for t in range(start, stop):
-                        for r in range(n):
-                            level = sign[t, r] * codebook_GW[code[t // width, r], t % width]
-                            error[t, r] = left[t, r] - scale[r] * level
+                        _level(codebook_GW, code[t // width], t % width, sign[t], level)
+                        _miss(left[t], scale, level, error[t])
                     for t in range(start, stop):
-                        inverse_factor = np.float32(1) / factor_ETT[e, t, t]
-                        for r in range(n):
-                            error[t, r] *= inverse_factor
-                            loss[r] += error[t, r] * error[t, r]
-                        _feed_back(t, t + 1, stop, factor_ETT[e], n, error, error)
-                        _feed_back(t, stop, n_sub, factor_ETT[e], n, error, left)
+                        _whiten(np.float32(1) / factor_ETT[e, t, t], error[t], loss)
+                        _feed_back(t, t + 1, stop, factor_ETT[e], error, error)
+                        _feed_back(t, stop, n_sub, factor_ETT[e], error, left)
             _keep_best(e, first, n, codes, signs, errors, losses, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN)
 
 
-@compiled
+@unaliased
 def _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left_TR, scale_R, loss_R):
     for r in range(n):
         scale_R[r] = scale_JEN[j, e, first + r]
+    for r in range(ROWS):
         loss_R[r] = 0
     for t in range(len(target_TEN)):
         for r in range(n):
@@ -195,59 +223,169 @@ def _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left_TR, scale_R, l
                 left_TR[t, r] -= offset_JEN[j, e, first + r]
 
 
-@compiled
-def _feed_back(t, start, stop, factor_TT, n, error_TR, left_TR):
+@unaliased
+def _invert(scale_R, inverse_R):
+    for r in range(ROWS):
+        # a zero scale decodes to zero whatever the code
+        inverse_R[r] = np.float32(1) / scale_R[r] if scale_R[r] != 0 else np.float32(0)
+
+
+@unaliased
+def _round(left_R, inverse_R, low, high, level_R, code_R):
+    for r in range(ROWS):
+        nearest = np.rint(left_R[r] * inverse_R[r])
+        nearest = nearest if nearest > low else low  # as is what compares with nothing
+        nearest = nearest if nearest < high else high
+        level_R[r] = nearest
+        code_R[r] = np.int32(nearest - low)
+
+
+@unaliased
+def _nearest_level(left_R, inverse_R, level_G, code_G, boundary_G, quotient_R, level_R, code_R):
+    for r in range(ROWS):
+        quotient_R[r] = left_R[r] * inverse_R[r]
+        level_R[r] = level_G[0]
+        code_R[r] = code_G[0]
+    for g in range(len(boundary_G)):
+        boundary, above, code_above = boundary_G[g], level_G[g + 1], code_G[g + 1]
+        for r in range(ROWS):
+            is_above = quotient_R[r] > boundary
+            level_R[r] = above if is_above else level_R[r]
+            code_R[r] = code_above if is_above else code_R[r]
+
+
+@unaliased
+def _take_sign(left_R, sign_R):
+    for r in range(ROWS):
+        sign_R[r] = np.float32(-1) if left_R[r] < 0 else np.float32(1)
+
+
+@unaliased
+def _level(codebook_GW, code_R, w, sign_R, level_R):
+    for r in range(ROWS):
+        level_R[r] = sign_R[r] * codebook_GW[code_R[r], w]
+
+
+@unaliased
+def _miss(left_R, scale_R, level_R, error_R):
+    for r in range(ROWS):
+        error_R[r] = left_R[r] - scale_R[r] * level_R[r]
+
+
+@unaliased
+def _whiten(inverse_factor, error_R, loss_R):
+    for r in range(ROWS):
+        error_R[r] *= inverse_factor
+        loss_R[r] += error_R[r] * error_R[r]
+
+
+@unaliased
+def _feed_back(t, start, stop, factor_TT, error_TR, left_TR):
     """The error of column t goes to columns START to STOP."""
     for u in range(start, stop):
         factor = factor_TT[t, u]
-        for r in range(n):
+        for r in range(ROWS):
             left_TR[u, r] -= error_TR[t, r] * factor
 
 
-@compiled
-def _make_signs_even(left_WR, sign_WR, cost_W, n):
+@unaliased
+def _make_signs_even(left_WR, sign_WR, cost_W, scratch):
     """Where the number of minus signs is odd, the weight for which it matters least changes its sign."""
-    least, which, product = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32), np.empty(ROWS, np.float32)
-    for r in range(n):
-        least[r], which[r], product[r] = np.inf, 0, 1
+    least_R, product_R, which_R = scratch.least_R, scratch.product_R, scratch.which_R
+    for r in range(ROWS):
+        least_R[r], which_R[r], product_R[r] = np.inf, 0, 1
     for w in range(len(cost_W)):
-        for r in range(n):
+        for r in range(ROWS):
             matters = cost_W[w] * left_WR[w, r] * left_WR[w, r]
-            is_less = matters < least[r]
-            least[r] = matters if is_less else least[r]
-            which[r] = np.int32(w) if is_less else which[r]
-            product[r] *= sign_WR[w, r]
+            is_less = matters < least_R[r]
+            least_R[r] = matters if is_less else least_R[r]
+            which_R[r] = np.int32(w) if is_less else which_R[r]
+            product_R[r] *= sign_WR[w, r]
     for w in range(len(cost_W)):
-        for r in range(n):
-            sign_WR[w, r] *= product[r] if which[r] == w else np.float32(1)
+        for r in range(ROWS):
+            sign_WR[w, r] *= product_R[r] if which_R[r] == w else np.float32(1)
 
 
 @compiled
-def _distances(part_weight_X, part_level_X, sum_Y2, first, left_TR, sign_TR, cost_T, scale_R, n, distance_ZR):
-    """Of the parts of codes from the weights after FIRST, without what all codes have in common, over the scale."""
-    n_single = len(part_weight_X)
-    for x in range(n_single):
-        t, level = first + part_weight_X[x], part_level_X[x]
+def _search(parts, start, left_TR, sign_TR, cost_T, scale_R, scratch, code_R):
+    """The codes nearest to the weights after START, whatever they are where none compares.
+
+    In the lowest bits of a half's distance stands which half it is, so that the least is all there is to keep.
+    Distances count to one part in 2^15, without what all codes have in common.
+    """
+    part_ZR, first_AR, second_BR = scratch.part_ZR, scratch.first_AR, scratch.second_BR
+    _distances(parts.weight_X, parts.level_X, start, left_TR, sign_TR, cost_T, scale_R, part_ZR)
+    _sums(parts.pair_Y2, len(parts.weight_X), part_ZR, part_ZR)
+    _sums(parts.first_A2, 0, part_ZR, first_AR)
+    _sums(parts.second_B2, 0, part_ZR, second_BR)
+    first_bits, second_bits = _bits(len(first_AR)), _bits(len(second_BR))
+    _number(second_bits, second_BR.view(np.int32))
+    _least_partners(parts.start_A1, parts.partner_I, second_BR, first_AR, scratch.partner_AR)
+    _number(first_bits, first_AR.view(np.int32))
+    _least(first_AR, scratch.least_R)
+    least_R, partner_AR = scratch.least_R.view(np.int32), scratch.partner_AR.view(np.int32)
+    for r in range(ROWS):
+        first = min(least_R[r] & first_bits, len(first_AR) - 1)
+        second = min(partner_AR[first, r] & second_bits, len(second_BR) - 1)
+        code_R[r] = parts.code_AB[first, second]
+
+
+@compiled
+def _bits(n):
+    """Enough to number N things."""
+    mask = np.int32(0)
+    while mask < n - 1:
+        mask = 2 * mask + 1
+    return mask
+
+
+@unaliased
+def _distances(weight_X, level_X, start, left_TR, sign_TR, cost_T, scale_R, distance_ZR):
+    """Of single levels, over the scale."""
+    for x in range(len(weight_X)):
+        t, level = np.uint64(start) + weight_X[x], level_X[x]
         square, product = cost_T[t] * level * level, np.float32(-2) * cost_T[t] * level
-        for r in range(n):
+        for r in range(ROWS):
             distance_ZR[x, r] = square * scale_R[r] + product * left_TR[t, r] * sign_TR[t, r]
+
+
+@unaliased
+def _sums(sum_Y2, start, of_ZR, into_YR):
     for y in range(len(sum_Y2)):
         a, b = sum_Y2[y, 0], sum_Y2[y, 1]
-        for r in range(n):
-            distance_ZR[n_single + y, r] = distance_ZR[a, r] + distance_ZR[b, r]
+        for r in range(ROWS):
+            into_YR[start + y, r] = of_ZR[a, r] + of_ZR[b, r]
 
 
-@compiled
-def _nearest(code_G2, distance_ZR, n, least_R, code_R):
-    for r in range(n):
-        least_R[r], code_R[r] = np.inf, 0
-    for g in range(len(code_G2)):
-        a, b = code_G2[g, 0], code_G2[g, 1]
-        for r in range(n):
-            distance = distance_ZR[a, r] + distance_ZR[b, r]
-            is_less = distance < least_R[r]
-            least_R[r] = distance if is_less else least_R[r]
-            code_R[r] = np.int32(g) if is_less else code_R[r]
+@unaliased
+def _number(mask, distance_YR):
+    for y in range(len(distance_YR)):
+        for r in range(ROWS):
+            distance_YR[y, r] = (distance_YR[y, r] & ~mask) | np.int32(y)
+
+
+@unaliased
+def _least_partners(start_A1, partner_I, second_BR, first_AR, partner_AR):
+    """The least second half for each first one, and added to it."""
+    for a in range(len(first_AR)):
+        for r in range(ROWS):
+            partner_AR[a, r] = np.inf
+        for i in range(start_A1[a], start_A1[a + 1], UNROLLED):
+            b0, b1, b2, b3 = partner_I[i], partner_I[i + 1], partner_I[i + 2], partner_I[i + 3]
+            for r in range(ROWS):
+                one, other = min(second_BR[b0, r], second_BR[b1, r]), min(second_BR[b2, r], second_BR[b3, r])
+                partner_AR[a, r] = min(partner_AR[a, r], min(one, other))
+        for r in range(ROWS):
+            first_AR[a, r] += partner_AR[a, r]
+
+
+@unaliased
+def _least(distance_YR, least_R):
+    for r in range(ROWS):
+        least_R[r] = distance_YR[0, r]
+    for y in range(1, len(distance_YR)):
+        for r in range(ROWS):
+            least_R[r] = min(least_R[r], distance_YR[y, r])
 
 
 @compiled
