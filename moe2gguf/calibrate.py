@@ -17,6 +17,7 @@ from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.measure import Measure
 from moe2gguf.probes import Probes
+from moe2gguf.skip import drop_harm
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
@@ -170,6 +171,7 @@ def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: in
         gated_norm_E=gated_norm_E.astype(np.float32),
         importance_gate_up_ED=importance_gate_up_ED,
         importance_down_EI=importance_down_EI,
+        drop_harm=drop_harm(block, x_TD, ids_TK, gates_TK, counts_SE),
     )
 
 

@@ -196,6 +196,21 @@ quantizer_options = _together(
         help="Where error feedback computes: auto, cpu, cuda or cuda:1 (pip install 'moe2gguf[gpu]').",
     ),
 )
+_share = click.FloatRange(min=0, max=1, max_open=True)
+skip_options = _together(
+    click.option(
+        "--skip",
+        type=_share,
+        default=0.0,
+        help="Share of expert activations to leave out at run time, those of small gate weight  [default: none].",
+    ),
+    click.option(
+        "--skip-prompt",
+        type=_share,
+        default=0.0,
+        help="Share to leave out in prompts, of experts that the prompt seldom selects  [default: none].",
+    ),
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
 
 
@@ -271,6 +286,7 @@ def _note(text: str) -> None:
 @budget_options
 @calibration_options
 @quantizer_options
+@skip_options
 @output_options
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -310,6 +326,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             overrides=choice.overrides,
             calibration=_calibration(options),
             quantizer=_quantizer(options),
+            skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
             work_folder=options["work_folder"],
             split_max_bytes=options["split_max_size"],
             split_max_tensors=options["split_max_tensors"],
@@ -402,6 +419,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 @click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
 @click.option("--allocation", "allocation_path", type=_existing_file, required=True, help="From `allocate`.")
 @quantizer_options
+@skip_options
 @click.option(
     "--imatrix",
     type=_existing_file,
@@ -432,6 +450,7 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, imatrix: Path 
             target,
             options["threads"] or available_cores(),
             quantizer=_quantizer(options),
+            skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
             imatrix=imatrix,
             work_folder=stats_path.parent,
             progress=progress,

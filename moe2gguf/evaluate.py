@@ -54,6 +54,7 @@ class Evaluation:
     kld_max: float
     same_top: float  # share of predictions whose likeliest token is the base's
     same_top_error: float
+    skipped: float | None  # share of expert activations left out, where llama.cpp counts them
 
 
 def evaluate(
@@ -114,7 +115,7 @@ def evaluate(
             progress(len(chunks), len(chunks), base.path.name)
         base_nll_all = np.concatenate(base_nll)
         return tuple(
-            _summarise(candidate.path, n_ctx, len(chunks), base_nll_all, candidate_scores)
+            _summarise(candidate, len(chunks), base_nll_all, candidate_scores)
             for candidate, candidate_scores in zip(candidates, scores, strict=True)
         )
 
@@ -149,14 +150,14 @@ def _compare(base_logp_TV: np.ndarray, logp_TV: np.ndarray, targets_T: np.ndarra
     return _Scores(_nll(logp_TV, targets_T), kld_T, same_top_T)
 
 
-def _summarise(path: Path, n_ctx: int, n_chunks: int, base_nll: np.ndarray, chunks: list[_Scores]) -> Evaluation:
+def _summarise(model: _Model, n_chunks: int, base_nll: np.ndarray, chunks: list[_Scores]) -> Evaluation:
     nll = np.concatenate([c.nll_T for c in chunks])
     kld = np.concatenate([c.kld_T for c in chunks])
     perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())
     same_top = float(np.concatenate([c.same_top_T for c in chunks]).mean())
     return Evaluation(
-        path=path,
-        n_ctx=n_ctx,
+        path=model.path,
+        n_ctx=model.n_ctx,
         n_chunks=n_chunks,
         n_tokens=len(nll),
         perplexity=perplexity,
@@ -172,6 +173,7 @@ def _summarise(path: Path, n_ctx: int, n_chunks: int, base_nll: np.ndarray, chun
         kld_max=float(kld.max()),
         same_top=same_top,
         same_top_error=math.sqrt(same_top * (1 - same_top) / (len(nll) - 1)),
+        skipped=model.skipped_share,
     )
 
 
@@ -187,9 +189,14 @@ class _Model:
 
     def __init__(self, path: Path, opened: OpenModel, n_ctx: int):
         self.path = path
-        self._opened, self._n_ctx = opened, n_ctx
+        self.n_ctx = n_ctx
+        self._opened = opened
         self._llama, self._context, self._vocab = opened.lib, opened.context, opened.vocab
         self.n_vocab = opened.n_vocab
+
+    @property
+    def skipped_share(self) -> float | None:
+        return self._opened.skipped_share()
 
     def _tokenize(self, text: str) -> np.ndarray:
         # special tokens as llama-perplexity has them: added if the model wants them, never parsed out
@@ -214,7 +221,7 @@ class _Model:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """i32 (n_ctx,) -> f32 (T, V), predictions of positions n_ctx/2 + 1 and up, until the next call."""
-        llama, n_ctx = self._llama, self._n_ctx
+        llama, n_ctx = self._llama, self.n_ctx
         first = n_ctx // 2
         self._opened.forget()
         batch = llama.llama_batch_init(n_ctx, 0, 1)

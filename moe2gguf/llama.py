@@ -30,6 +30,21 @@ class OpenModel:
         """Empties the key-value cache."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
+    def skipped_share(self) -> float | None:
+        """Of the expert activations so far, the mean of the layers with experts; None where llama.cpp was not told to
+        count them: with LLAMA_EXPERT_SKIP_COUNT in the environment."""
+        slots = getattr(self.lib.llama_cpp._lib, "llama_perf_expert_slots", None)
+        if slots is None:
+            return None
+        slots.restype = ctypes.c_bool
+        slots.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.POINTER(ctypes.c_uint64)] * 2]
+        shares = []
+        for layer in range(self.lib.llama_model_n_layer(self.model)):
+            computed, skipped = ctypes.c_uint64(), ctypes.c_uint64()
+            if slots(self.context, layer, computed, skipped) and computed.value + skipped.value:
+                shares.append(skipped.value / (computed.value + skipped.value))
+        return sum(shares) / len(shares) if shares else None
+
 
 def available_cores() -> int:
     """Those this process may run on."""

@@ -25,6 +25,7 @@ from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.sample import sample_text
+from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
@@ -88,6 +89,7 @@ class Quantizer:
 
 
 DEFAULT_QUANTIZER = Quantizer()
+NO_SKIPPING = Skipping()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ def convert(
     overrides: tuple[tuple[str, QuantType], ...] = (),
     calibration: Calibration | None = None,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
+    skipping: Skipping = NO_SKIPPING,
     work_folder: Path | None = None,
     split_max_bytes: int = 0,
     split_max_tensors: int = 0,
@@ -141,10 +144,11 @@ def convert(
 
     stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
     table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
-    allocation, plan = fit_budget(source, stats, table, budget, choice)
+    allocation, plan = fit_budget(source, stats, table, budget, choice, skipping)
     report_allocation(source, table, stats, allocation, choice, note)
     assert plan is not None
-    paths, outcomes = _quantised(source, stats, allocation, plan, quantizer, target, work, threads, progress, note)
+    extra_kv = provenance(source, stats, allocation, quantizer, skipping)
+    paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
     return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt")
 
 
@@ -156,6 +160,7 @@ def write_allocation(
     n_threads: int,
     *,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
+    skipping: Skipping = NO_SKIPPING,
     imatrix: Path | None = None,
     work_folder: Path | None = None,
     progress: Progress = no_progress,
@@ -175,17 +180,17 @@ def write_allocation(
     if imatrix is not None:
         plan = with_imatrix(plan, read_imatrix(imatrix), imatrix)
         quantizer = dataclasses.replace(quantizer, feedback=False)
-    return _quantised(
-        source, stats, allocation, plan, quantizer, target, work_folder or target.path.parent, n_threads, progress, note
-    )[0]
+    extra_kv = provenance(source, stats, allocation, quantizer, skipping)
+    work = work_folder or target.path.parent
+    return _quantised(source, stats, plan, quantizer, extra_kv, target, work, n_threads, progress, note)[0]
 
 
 def _quantised(
     source: Source,
     stats: CalibrationStats,
-    allocation: Allocation,
     plan: FilePlan,
     quantizer: Quantizer,
+    extra_kv: KeyValues,
     target: Target,
     work: Path,
     n_threads: int,
@@ -193,7 +198,6 @@ def _quantised(
     note: Note,
 ) -> tuple[tuple[Path, ...], tuple[Outcome, ...]]:
     """Experts first, layer by layer, then the file, tensor by tensor."""
-    extra_kv = provenance(source, stats, allocation, quantizer)
     if not quantizer.feedback:
         return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
     types = plan.expert_types(stats.layers)
@@ -278,7 +282,12 @@ def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> 
 
 
 def fit_budget(
-    source: Source, stats: CalibrationStats | None, table: CostTable, budget: Budget, choice: Choice
+    source: Source,
+    stats: CalibrationStats | None,
+    table: CostTable,
+    budget: Budget,
+    choice: Choice,
+    skipping: Skipping = NO_SKIPPING,
 ) -> tuple[Allocation, FilePlan | None]:
     """The best allocation within the budget, and the plan of its file (none without statistics)."""
 
@@ -300,7 +309,7 @@ def fit_budget(
     for _ in range(8):
         allocation = best(tensor_bytes)
         plan = plan_file(source, table, allocation, stats)
-        total = file_bytes(source, plan, provenance(source, stats, allocation))
+        total = file_bytes(source, plan, provenance(source, stats, allocation, skipping=skipping))
         if total <= budget.size_bytes:
             return allocation, plan
         tensor_bytes = allocation.tensor_bytes - (total - budget.size_bytes)
@@ -354,8 +363,36 @@ def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> s
     return json.dumps(recipe, sort_keys=True)
 
 
+def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> KeyValues:
+    """What the patched runtime reads: a threshold per layer; 0 where there is none."""
+    values: KeyValues = {}
+
+    def put(name: str, by_layer: dict[int, float]) -> None:
+        numbers = [by_layer.get(layer, 0.0) for layer in range(source.n_layer)]
+        values[f"{source.arch}.expert_skip_{name}"] = (numbers, ValueType.ARRAY, ValueType.FLOAT32)
+
+    def said(name: str, thresholds: Thresholds) -> None:
+        values[f"moe2gguf.{name}.share"] = (thresholds.share, ValueType.FLOAT32, None)
+        values[f"moe2gguf.{name}.kld.predicted"] = (thresholds.kl, ValueType.FLOAT32, None)
+
+    if skipping.share:
+        thresholds = ratio_thresholds(stats, skipping.share)
+        put("ratio", thresholds.limit_L)
+        put("protect_norm", thresholds.protect_norm_L)
+        said("skip", thresholds)
+    if skipping.prompt_share:
+        thresholds = frequency_thresholds(stats, skipping.prompt_share)
+        put("frequency", thresholds.limit_L)
+        said("skip_prompt", thresholds)
+    return values
+
+
 def provenance(
-    source: Source, stats: CalibrationStats, allocation: Allocation, quantizer: Quantizer = DEFAULT_QUANTIZER
+    source: Source,
+    stats: CalibrationStats,
+    allocation: Allocation,
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
+    skipping: Skipping = NO_SKIPPING,
 ) -> KeyValues:
     """Key-values that say where the file comes from and how to make it again."""
     string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
@@ -376,6 +413,7 @@ def provenance(
         "quantize.imatrix.dataset": (stats.text, string, None),
         "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
     }
+    values |= skip_values(source, stats, skipping)
     # the Hub's cache keeps a snapshot under its commit
     if source.path.parent.name == "snapshots":
         values["moe2gguf.source.commit"] = (source.path.name, string, None)

@@ -1,8 +1,9 @@
-"""The bit-width heat-map of a file: layer × expert, one panel per projection."""
+"""Pictures: the bit-width heat-map of a file, layer × expert, one panel per projection; the price of skipping."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,20 +34,46 @@ def plot_bits(report: FileReport, path: str | Path) -> None:
     Experts are in the checkpoint's order, so two files of one model compare cell by cell. Raises OutputError
     for another extension, for a file without experts, and where matplotlib is missing.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise OutputError(f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg")
     if not report.layers:
         raise OutputError(f"{report.paths[0]} has no expert tensors, so there is no heat-map to draw")
+    _save(lambda: draw_bits(report), Path(path))
+
+
+def plot_skipping(points: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:
+    """KL divergence against the share of expert activations left out, a line for each rule; .png or .svg."""
+
+    def draw() -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.0, 3.2))
+        axes = figure.add_subplot()
+        # markers and dashes too, for greyscale
+        styles = zip(points.items(), "os^", ("-", "--", ":"), strict=False)
+        for (rule, of_rule), marker, dashes in styles:
+            axes.plot(*zip(*of_rule, strict=True), marker=marker, linestyle=dashes, color="black", label=rule)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set_xlabel("expert activations left out")
+        axes.set_ylabel("mean KL divergence, nats per token")
+        axes.grid(True, which="major", color="0.85")
+        axes.legend(frameon=False)
+        return figure
+
+    _save(draw, Path(path))
+
+
+def _save(draw: Callable[[], Figure], path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        raise OutputError(f"{path} has extension {path.suffix or '(none)'}; a plot is written as .png or .svg")
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise OutputError("plots need matplotlib; install it with `pip install matplotlib`") from None
-    suffix = path.suffix.lower()
     aside = path.with_name(f".{path.name}.partial{suffix}")
     # ids inside an SVG are random unless salted
     with matplotlib.rc_context({"svg.hashsalt": "moe2gguf", "font.family": "DejaVu Sans", "font.size": 8}):
-        figure = draw_bits(report)
+        figure = draw()
         try:
             figure.savefig(aside, dpi=200, metadata=_FORMATS[suffix], bbox_inches="tight", pad_inches=0.08)
             os.replace(aside, path)

@@ -1,6 +1,7 @@
 """What calibration leaves behind, and its file.
 
-Shapes: S sequences, D hidden, I intermediate, E experts, K selected per token, J candidate types.
+Shapes: S sequences, D hidden, I intermediate, E experts, K selected per token, J candidate types, B bins of [0, 1], P
+classes of tokens.
 """
 
 import dataclasses
@@ -18,8 +19,20 @@ from moe2gguf.ggml import QuantType
 
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
+
+
+@dataclasses.dataclass(frozen=True)
+class DropHarm:
+    """Of experts other than a token's top one: squared change of the output of all, where one is left out, summed."""
+
+    sampled: np.ndarray  # i64 (2,): tokens, and experts selected by each
+    protect_norm_P: np.ndarray  # f32 (P - 1,): ‖x‖₁ where the next class of tokens begins
+    ratio_count_PB: np.ndarray  # f64, by the class of the token and g / its largest g
+    ratio_harm_PB: np.ndarray  # f64
+    rare_count_B: np.ndarray  # f64, by how often its sequence selects the expert, over the experts' mean
+    rare_harm_B: np.ndarray  # f64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +49,7 @@ class ExpertStats:
     gated_norm_E: np.ndarray  # f32: mean g‖f_e(x)‖
     importance_gate_up_ED: np.ndarray  # f32: gate-weighted mean of x², shrunk
     importance_down_EI: np.ndarray  # f32
+    drop_harm: DropHarm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +85,9 @@ def save_stats(stats: CalibrationStats, path: Path) -> None:
     """Writes one safetensors file, aside and renamed."""
     arrays: dict[str, np.ndarray] = {"tokens": stats.tokens_SL}
     for index, layer in stats.layers.items():
-        for field in dataclasses.fields(ExpertStats):
-            arrays[f"experts/{index}/{field.name}"] = getattr(layer, field.name)
+        for name, value in (vars(layer) | vars(layer.drop_harm)).items():
+            if name != "drop_harm":
+                arrays[f"experts/{index}/{name}"] = value
     for name, importance_K in stats.importance.items():
         arrays[f"importance/{name}"] = importance_K
     probe_types = {}
@@ -123,8 +138,13 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
     return CalibrationStats(
         types=tuple(QuantType[t] for t in header["types"]),
         tokens_SL=arrays["tokens"],
-        layers={index: ExpertStats(**layer) for index, layer in sorted(fields.items())},
+        layers={index: _expert_stats(layer) for index, layer in sorted(fields.items())},
         importance=importance,
         errors=errors,
         **{k: header[k] for k in _HEADER_FIELDS},
     )
+
+
+def _expert_stats(arrays: dict[str, np.ndarray]) -> ExpertStats:
+    harm = {field.name: arrays.pop(field.name) for field in dataclasses.fields(DropHarm)}
+    return ExpertStats(**arrays, drop_harm=DropHarm(**harm))
