@@ -198,6 +198,10 @@ def _quantised(
     note: Note,
 ) -> tuple[tuple[Path, ...], tuple[Outcome, ...]]:
     """Experts first, layer by layer, then the file, tensor by tensor."""
+    for rule, where in (("skip", ""), ("skip_prompt", " in prompts")):
+        if f"moe2gguf.{rule}.share" in extra_kv:
+            share, kl = (extra_kv[f"moe2gguf.{rule}.{name}"][0] for name in ("share", "kld.predicted"))
+            note(f"at run time {share:.1%} of the expert activations{where} are left out: {kl:.5f} nats predicted")
     if not quantizer.feedback:
         return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
     types = plan.expert_types(stats.layers)

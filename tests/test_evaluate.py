@@ -2,6 +2,7 @@ import dataclasses
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_statistics_match_a_plain_computation():
     # one f32 log-probability is good to about 1e-6
     np.testing.assert_allclose(scores.kld_T, kld_T, rtol=1e-5)
     np.testing.assert_allclose(scores.nll_T, nll_T, rtol=1e-5)
-    summary = _summarise(None, 140, 1, base_nll_T, [scores])
+    summary = _summarise(SimpleNamespace(path=None, n_ctx=140, skipped_share=None), 1, base_nll_T, [scores])
     assert summary.perplexity == pytest.approx(np.exp(nll_T.mean()), rel=1e-5)
     assert summary.delta_nll == pytest.approx((nll_T - base_nll_T).mean(), abs=1e-5)
     assert summary.delta_nll_error == pytest.approx(np.std(nll_T - base_nll_T, ddof=1) / 70**0.5, rel=1e-5)
