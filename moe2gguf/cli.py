@@ -190,6 +190,13 @@ quantizer_options = _together(
         help="What a token weighs in its experts: 1, its gate weight, or that squared.",
     ),
     click.option(
+        "--router",
+        type=click.Choice(["qesc", "none"]),
+        default="qesc",
+        show_default=True,
+        help="Routers calibrated to what the quantised model gives them, or left as they are.",
+    ),
+    click.option(
         "--device",
         default="auto",
         show_default=True,
@@ -235,7 +242,7 @@ def _quantizer(options: dict[str, Any]):
     from moe2gguf.backend import device
     from moe2gguf.pipeline import Quantizer
 
-    return Quantizer(options["feedback"], options["affinity"], device(options["device"], _note))
+    return Quantizer(options["feedback"], options["affinity"], device(options["device"], _note), options["router"])
 
 
 def _calibration(options: dict[str, Any]):

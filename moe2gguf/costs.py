@@ -105,7 +105,7 @@ def cost_table(
         raise Moe2ggufError(f"the statistics were made on another model than {source.path}; calibrate again")
     measured = CANDIDATES if stats is None else stats.types
     layout = layout if reorderable(source) else "stock"
-    module_of = None if stats is None else _module_names(source, stats)
+    module_of = None if stats is None else module_names(source, stats)
     units: list[Unit] = []
     fixed: dict[str, QuantType] = {}
     experts: dict[tuple[int, str], list[SourceTensor]] = {}
@@ -204,7 +204,7 @@ def _role(name: str) -> str:
     return "shared" if "shexp" in name else "dense" if ".ffn_" in name else "attention"
 
 
-def _module_names(source: Source, stats: CalibrationStats) -> dict[str, str]:
+def module_names(source: Source, stats: CalibrationStats) -> dict[str, str]:
     """GGUF tensor name -> transformers module path, for every probed matrix beside the experts."""
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.arch)
     tensor_map = gguf.get_tensor_name_map(arch, source.n_layer)

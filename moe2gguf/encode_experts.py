@@ -20,15 +20,13 @@ import torch
 from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.codec import CODECS
-from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
 from moe2gguf.stream import LayerStream
-
-Progress = Callable[[str, int, int], None]  # what, done, total
-Types = Mapping[tuple[int, str, int], QuantType]  # layer, matrix, the checkpoint's expert
+from moe2gguf.streams import NO_MATRICES, Matrices, Progress, Streams, Types, put_back
 
 # in parts of the mean of the Hessian's diagonal; of equals the first is taken
 DAMPINGS = (0.03, 0.01, 0.1)
@@ -37,7 +35,6 @@ SAMPLE_ROWS = 32
 HELD_OUT = 4
 MAX_HELD_OUT_TOKENS = 1024
 LAYER_SAMPLE_TOKENS = 512
-BATCH_TOKENS = 4096
 # f64 matrices of one chunk of experts, several of which live at a time
 CHUNK_BYTES = 1 << 27
 
@@ -97,57 +94,30 @@ def encode_experts(
     device: torch.device,
     n_threads: int,
     progress: Progress,
+    matrices: Matrices = NO_MATRICES,
 ) -> None:
     """Fills the spool with every expert in `types`, layer by layer; layers that are there only pass the tokens on."""
-    tokens = torch.from_numpy(tokens_SL).long()
-    n_sequences, length = tokens.shape
-    batch_sequences = max(1, BATCH_TOKENS // length)
-    exact_SLD = torch.cat([stream.embed(batch) for batch in tokens.split(batch_sequences)])
-    found_SLD = exact_SLD.clone()
     layers = {layer for layer, _, _ in types}
+    missing = {layer for layer in layers if not spool.has(layer)}
+    if not missing:
+        return
     with ggml.encoding_threads(n_threads) as pool:
-        for index in range(max(layers) + 1):
-            missing = index in layers and not spool.has(index)
-            if not missing and not any(later > index and not spool.has(later) for later in layers):
-                continue
-
-            def step(what: str, done: int, total: int, index: int = index) -> None:
-                progress(f"layer {index + 1}/{stream.n_layers}: {what}", done, total)
-
-            with stream.layer(index) as layer:
-                block = find_experts(layer)
-                own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
+        streams = Streams(stream, tokens_SL, matrices, pool, progress)
+        for index in range(max(missing) + 1):
+            with streams.layer(index) as (layer, block):
                 exact, found = LayerCapture(layer, block), LayerCapture(layer, block)
-                for start in range(0, n_sequences, batch_sequences):
-                    step("activations", start, n_sequences)
-                    exact_BLD, found_BLD = (x[start : start + batch_sequences] for x in (exact_SLD, found_SLD))
-                    if missing:
+                with exact.listening():
+                    streams.advance(streams.exact_SLD)
+                streams.quantise_matrices()
+                if block is not None and index in layers:
+                    own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
+                    if index in missing:
                         with found.listening():
-                            stream.run(index, layer, found_BLD)
-                    with exact.listening():
-                        exact_BLD.copy_(stream.run(index, layer, exact_BLD))
-                if missing:
-                    assert block is not None
-                    work = _LayerWork(block, exact, found, length, affinity, device, pool)
-                    spool.put(index, *work.encode(own, lambda done, total: step("quantise", done, total)))
-                if block is not None:
-                    _put_back(block, own, spool, index)
-                for start in range(0, n_sequences, batch_sequences):
-                    found_BLD = found_SLD[start : start + batch_sequences]
-                    found_BLD.copy_(stream.run(index, layer, found_BLD))
-
-
-def _put_back(block: ExpertBlock, types: Mapping[tuple[str, int], QuantType], spool: Spool, layer: int) -> None:
-    """The layer's experts as the file will have them."""
-
-    def decoded(matrix: str, expert: int) -> torch.Tensor:
-        quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
-        weights, n_bytes = ggml.block_shape(quant_type)
-        return torch.from_numpy(ggml.decode(blocks_NB, quant_type, blocks_NB.shape[1] // n_bytes * weights))
-
-    for expert in {expert for _, expert in types}:
-        block.set_gate_up(expert, torch.cat([decoded("gate", expert), decoded("up", expert)]))
-        block.set_down(expert, decoded("down", expert))
+                            streams.look()
+                        work = _LayerWork(block, exact, found, tokens_SL.shape[1], affinity, device, pool)
+                        spool.put(index, *work.encode(own, lambda done, total: streams.say("quantise", done, total)))
+                    put_back(block, own, spool, index)
+                streams.advance(streams.found_SLD)
 
 
 class _LayerWork:

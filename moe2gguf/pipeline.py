@@ -16,7 +16,7 @@ import transformers
 from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
 from moe2gguf.calibrate import Progress, calibrate
-from moe2gguf.costs import CANDIDATES, CostTable, cost_table, source_digest
+from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
 from moe2gguf.encode_experts import AFFINITIES, AFFINITY, describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
@@ -24,12 +24,15 @@ from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_
 from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
+from moe2gguf.router import calibrate_routers
+from moe2gguf.router import describe as describe_routers
 from moe2gguf.sample import sample_text
 from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
+from moe2gguf.streams import Matrix
 from moe2gguf.text import CalibrationText, text_from_files
 
 Note = Callable[[str], None]
@@ -86,10 +89,13 @@ class Quantizer:
     feedback: bool = True  # False: ggml's encoder alone
     affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    router: str = "qesc"  # "none" leaves routers as they are
 
 
 DEFAULT_QUANTIZER = Quantizer()
 NO_SKIPPING = Skipping()
+# bool per layer: whether the file has another router than the checkpoint
+ROUTER_KEY = "moe2gguf.router_calibrated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,10 +211,27 @@ def _quantised(
     if not quantizer.feedback:
         return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
     types = plan.expert_types(stats.layers)
-    recipe = [__version__, stats.request, quantizer.affinity, quantizer.device.type, sorted(map(str, types.items()))]
+    modules = module_names(source, stats)
+    matrices = {
+        modules[tensor.name]: Matrix(
+            tensor.quant_type, None if tensor.importance_EK is None else tensor.importance_EK[0]
+        )
+        for tensor in plan.tensors
+        if tensor.name in modules and tensor.quant_type in CANDIDATES
+    }
+    recipe = [
+        __version__,
+        stats.request,
+        quantizer.affinity,
+        quantizer.device.type,
+        quantizer.router,
+        sorted(map(str, types.items())),
+        sorted((name, matrix.quant_type.name) for name, matrix in matrices.items()),
+    ]
     spool = Spool(work / f"experts-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}")
+    stream = LayerStream(source.path)
     encode_experts(
-        LayerStream(source.path),
+        stream,
         stats.tokens_SL,
         types,
         spool,
@@ -216,9 +239,26 @@ def _quantised(
         device=quantizer.device,
         n_threads=n_threads,
         progress=progress,
+        matrices=matrices,
     )
     outcomes = tuple(spool.outcomes())
     note(describe(outcomes))
+    if quantizer.router == "qesc":
+        calibrate_routers(
+            stream,
+            stats.tokens_SL,
+            types,
+            matrices,
+            spool,
+            device=quantizer.device,
+            n_threads=n_threads,
+            progress=lambda what, done, total: progress(f"routers, {what}", done, total),
+        )
+        routers = spool.routers()
+        assert routers is not None
+        note(describe_routers(routers))
+        flags = [layer in routers.router_ED for layer in range(source.n_layer)]
+        extra_kv = extra_kv | {ROUTER_KEY: (flags, ValueType.ARRAY, ValueType.BOOL)}
     paths = _write(source, plan, extra_kv, target, n_threads, progress, spool)
     spool.remove()
     return tuple(paths), outcomes
@@ -417,6 +457,9 @@ def provenance(
         "quantize.imatrix.dataset": (stats.text, string, None),
         "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
     }
+    if quantizer.feedback and quantizer.router == "qesc":
+        # known when all is quantised
+        values[ROUTER_KEY] = ([False] * source.n_layer, ValueType.ARRAY, ValueType.BOOL)
     values |= skip_values(source, stats, skipping)
     # the Hub's cache keeps a snapshot under its commit
     if source.path.parent.name == "snapshots":

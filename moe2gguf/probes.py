@@ -101,13 +101,7 @@ class Probes:
             for t in _fitting(MATRIX_PROBE_TYPES, weight.shape[1])
         }
         sums = dict.fromkeys([*self._branches, *heads], 0.0)
-        n_sequences, length, _ = self._clean_SLD.shape
-        step = min(length, LOGITS_CHUNK_TOKENS)
-        chunks = [
-            (slice(s, s + 1), slice(start, start + step))
-            for s in range(n_sequences)
-            for start in range(0, length - step + 1, step)
-        ]
+        chunks, step = _chunks(self._clean_SLD)
         for done, chunk in enumerate(chunks):
             progress(done, len(chunks))
             clean_LV = torch.log_softmax(self._stream.logits(self._clean_SLD[chunk])[0], -1)
@@ -142,6 +136,24 @@ def _restored(weight: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         weight.copy_(exact)
+
+
+def mean_kl(stream: LayerStream, clean_SLD: torch.Tensor, other_SLD: torch.Tensor) -> float:
+    """KL(clean ‖ other), nats per token, of two streams after the last layer."""
+    chunks, step = _chunks(clean_SLD)
+    total = 0.0
+    for chunk in chunks:
+        clean_LV = torch.log_softmax(stream.logits(clean_SLD[chunk])[0], -1)
+        total += _kl(clean_LV, stream.logits(other_SLD[chunk])[0])
+    return total / (len(chunks) * step)
+
+
+def _chunks(hidden_SLD: torch.Tensor) -> tuple[list[tuple[slice, slice]], int]:
+    """Parts of one sequence each, and how many tokens they have."""
+    n_sequences, length, _ = hidden_SLD.shape
+    step = min(length, LOGITS_CHUNK_TOKENS)
+    starts = range(0, length - step + 1, step)
+    return [(slice(s, s + 1), slice(start, start + step)) for s in range(n_sequences) for start in starts], step
 
 
 def _kl(clean_LV: torch.Tensor, logits_LV: torch.Tensor) -> float:

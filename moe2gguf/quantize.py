@@ -155,6 +155,8 @@ def encode_tensors(
 ) -> Iterator[tuple[TensorPlan, np.ndarray]]:
     """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
     with ggml.encoding_threads(n_threads) as pool:
+        calibrated = None if spool is None else spool.routers()
+        routers = {} if calibrated is None else calibrated.router_ED
         weight: np.ndarray | None = None
         for done, tensor in enumerate(plan.tensors):
             progress(tensor.name, done, len(plan.tensors))
@@ -162,6 +164,8 @@ def encode_tensors(
             if spool is not None and layer is not None and tensor.expert_matrices and spool.has(layer):
                 yield tensor, _spooled(tensor, spool, layer)
                 continue
+            if layer in routers and tensor.name == f"blk.{layer}.ffn_gate_inp.weight":
+                weight = routers[layer]
             if weight is None:
                 weight = tensor.source.load()
             yield tensor, _encode(tensor, weight, pool)

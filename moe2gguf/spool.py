@@ -1,4 +1,4 @@
-"""Encoded experts between quantisation, which goes layer by layer, and writing, which goes tensor by tensor.
+"""What quantisation, which goes layer by layer, leaves for writing, which goes tensor by tensor.
 
 One file per layer in the work folder; a layer that is there is not quantised again after a crash.
 
@@ -29,6 +29,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Routers:
+    """What calibrating all of them did, on held-out text, and those that are kept."""
+
+    router_ED: dict[int, np.ndarray]  # f32, by layer, experts in the checkpoint's order
+    kl_before: float  # nats per token
+    kl_after: float
+    agreement_before: float  # share of selected experts that the model's own selects too
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Spool:
     """Blocks by layer, matrix ("gate", "up", "down") and the checkpoint's expert."""
 
@@ -45,12 +56,31 @@ class Spool:
             return False
 
     def put(self, layer: int, blocks: Mapping[tuple[str, int], np.ndarray], outcomes: list[Outcome]) -> None:
-        """Written aside and renamed. blocks: uint8 (N, B) by matrix and expert."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(layer)
-        aside = path.with_name(path.name + ".partial")
+        """blocks: uint8 (N, B) by matrix and expert."""
         header = {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])}
-        save_file({f"{matrix}/{expert}": block for (matrix, expert), block in blocks.items()}, aside, header)
+        self._save(self.path(layer), {f"{m}/{expert}": block for (m, expert), block in blocks.items()}, header)
+
+    def put_routers(self, routers: Routers) -> None:
+        header = {name: repr(value) for name, value in vars(routers).items() if name != "router_ED"}
+        self._save(self._routers, {str(layer): router for layer, router in routers.router_ED.items()}, header)
+
+    def routers(self) -> Routers | None:
+        try:
+            with safe_open(self._routers, framework="np") as file:
+                router_ED = {int(layer): file.get_tensor(layer) for layer in file.keys()}  # noqa: SIM118 (no iterator)
+                return Routers(router_ED, **{name: float(value) for name, value in file.metadata().items()})
+        except (OSError, SafetensorError):
+            return None
+
+    @property
+    def _routers(self) -> Path:
+        return self.folder / "routers.safetensors"
+
+    def _save(self, path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, str]) -> None:
+        """Written aside and renamed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".partial")
+        save_file(dict(arrays), aside, header)
         os.replace(aside, path)
 
     def get(self, layer: int, matrix: str, expert: int) -> np.ndarray:

@@ -107,7 +107,8 @@ def test_biases_follow_their_experts(converted):
     for layer in range(source.n_layer):
         key = f"moe2gguf.expert_order.{layer}"
         order = reader.fields[key].contents() if key in reader.fields else list(range(source.n_expert))
-        for part in ("ffn_gate_inp.weight", "ffn_gate_inp.bias", "ffn_gate_exps.bias", "ffn_down_exps.bias"):
+        # the router's weights may be calibrated: tests/test_router.py
+        for part in ("ffn_gate_inp.bias", "ffn_gate_exps.bias", "ffn_down_exps.bias"):
             name = f"blk.{layer}.{part}"
             assert np.array_equal(tensors[name].data, source.tensor(name).load()[order])
             checked += order != sorted(order)

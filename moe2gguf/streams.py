@@ -1,0 +1,122 @@
+"""The calibration text through the layers in two streams: by the model as it is, and with what is quantised so far.
+
+Shapes: S sequences, L tokens of each, B sequences at a time, D hidden, V vocabulary, N rows, K columns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe2gguf import ggml
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.spool import Spool
+from moe2gguf.stream import LayerStream
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+Types = Mapping[tuple[int, str, int], QuantType]  # layer, matrix, the checkpoint's expert
+
+BATCH_TOKENS = 4096
+ROWS_PER_JOB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """How a matrix beside the experts will be stored."""
+
+    quant_type: QuantType
+    importance_K: np.ndarray | None
+
+
+# beside the experts, by the name of the module: "layers.0.self_attn.q_proj", "embed_tokens"
+Matrices = Mapping[str, Matrix]
+NO_MATRICES: Matrices = MappingProxyType({})
+
+
+class Streams:
+    """All of the text through the layer at hand: by the model as it is, and with what is quantised so far."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        tokens_SL: np.ndarray,
+        matrices: Matrices,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ):
+        self._stream, self._matrices, self._pool, self._progress = stream, matrices, pool, progress
+        self._batch = max(1, BATCH_TOKENS // tokens_SL.shape[1])
+        tokens = torch.from_numpy(tokens_SL).long()
+        self.exact_SLD = self._embed(tokens)
+        weight_VD = stream.embedding_VD
+        exact_VD = weight_VD.clone()
+        self._quantise("embed_tokens", weight_VD)
+        self.found_SLD = self._embed(tokens)
+        weight_VD.copy_(exact_VD)
+
+    def _embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._stream.embed(batch) for batch in tokens_SL.split(self._batch)])
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[tuple[nn.Module, ExpertBlock | None]]:
+        with self._stream.layer(index) as layer:
+            self._index, self._layer = index, layer
+            yield layer, find_experts(layer)
+
+    def say(self, what: str, done: int, total: int) -> None:
+        self._progress(f"layer {self._index + 1}/{self._stream.n_layers}: {what}", done, total)
+
+    def _batches(self, hidden_SLD: torch.Tensor) -> Iterator[torch.Tensor]:
+        for start in range(0, len(hidden_SLD), self._batch):
+            self.say("activations", start, len(hidden_SLD))
+            yield hidden_SLD[start : start + self._batch]
+
+    def advance(self, hidden_SLD: torch.Tensor) -> None:
+        """In place."""
+        for hidden_BLD in self._batches(hidden_SLD):
+            hidden_BLD.copy_(self._stream.run(self._index, self._layer, hidden_BLD))
+
+    def look(self) -> None:
+        """What is quantised so far through the layer, for those who listen."""
+        for hidden_BLD in self._batches(self.found_SLD):
+            self._stream.run(self._index, self._layer, hidden_BLD)
+
+    def run(self, hidden_SLD: torch.Tensor) -> torch.Tensor:
+        hidden_SLD = hidden_SLD.clone()
+        self.advance(hidden_SLD)
+        return hidden_SLD
+
+    def quantise_matrices(self) -> None:
+        """The layer's matrices beside the experts become what the file will have."""
+        for path, module in self._layer.named_modules():
+            if isinstance(module, nn.Linear):
+                self._quantise(f"layers.{self._index}.{path}", module.weight)
+
+    def _quantise(self, name: str, weight_NK: torch.Tensor) -> None:
+        if (matrix := self._matrices.get(name)) is None:
+            return
+        parts = weight_NK.split(ROWS_PER_JOB)
+        jobs = [
+            self._pool.submit(ggml.round_trip, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
+        ]
+        for part, job in zip(parts, jobs, strict=True):
+            part.copy_(torch.from_numpy(job.result()))
+
+
+def put_back(block: ExpertBlock, types: Mapping[tuple[str, int], QuantType], spool: Spool, layer: int) -> None:
+    """The layer's experts as the file will have them."""
+
+    def decoded(matrix: str, expert: int) -> torch.Tensor:
+        quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
+        weights, n_bytes = ggml.block_shape(quant_type)
+        return torch.from_numpy(ggml.decode(blocks_NB, quant_type, blocks_NB.shape[1] // n_bytes * weights))
+
+    for expert in {expert for _, expert in types}:
+        block.set_gate_up(expert, torch.cat([decoded("gate", expert), decoded("up", expert)]))
+        block.set_down(expert, decoded("down", expert))

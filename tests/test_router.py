@@ -1,0 +1,168 @@
+"""Router calibration: the closed form against least squares, the trials against runs of their own, and the file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from moe2gguf import router as stage
+from moe2gguf.ggml import QuantType
+from moe2gguf.pipeline import DEFAULT_QUANTIZER, Calibration, Quantizer, convert
+from moe2gguf.router import Trials, agreement, calibrate_routers, fit, n_watched
+from moe2gguf.source import open_source
+from moe2gguf.spool import Routers, Spool
+from moe2gguf.stream import LayerStream
+from moe2gguf.streams import NO_MATRICES
+from moe2gguf.verify import verify_file
+from tests.conftest import LAYOUTS, cheap_measurements
+from tests.test_encode_experts import TOKENS_SL, encode, every_expert
+from tests.tiny_moe import CORPUS
+
+CPU = torch.device("cpu")
+
+
+def test_watched_scores_are_the_papers() -> None:
+    """All of 8, 8 of 16, 20 of 60 or 64; more than are selected wherever there are more."""
+    assert [n_watched(8, 2), n_watched(16, 2), n_watched(64, 8), n_watched(60, 4)] == [8, 8, 20, 19]
+    assert n_watched(4, 4) == 4 and n_watched(16, 8) == 9 and n_watched(128, 8) == 36
+
+
+def test_each_row_is_least_squares_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row in f64, with the ridge as further equations."""
+    monkeypatch.setattr(stage, "DAMPINGS", (0.1,))
+    rng = torch.Generator().manual_seed(0)
+    router_ED = torch.randn(12, 6, generator=rng)
+    exact_TD = torch.randn(400, 6, generator=rng)
+    found_TD = exact_TD + 0.3 * torch.randn(400, 6, generator=rng)
+    held_out_T = torch.arange(400) % 5 == 0
+    found = fit(router_ED, exact_TD, found_TD, held_out_T, 2, CPU)
+    assert found is not None and found.damping == 0.1 and found.error < 1
+
+    score_TE = exact_TD.double() @ router_ED.double().T
+    watched_TE = score_TE >= score_TE.topk(n_watched(12, 2)).values[:, -1:]
+    for expert in range(12):
+        tokens = watched_TE[:, expert] & ~held_out_T
+        x_nD = found_TD[tokens].double() / len(found_TD[tokens]) ** 0.5
+        ridge = (0.1 * x_nD.square().sum(0).mean()).sqrt()
+        left = torch.cat([x_nD, ridge * torch.eye(6, dtype=torch.float64)])
+        right = torch.cat([score_TE[tokens, expert] / tokens.sum() ** 0.5, ridge * router_ED[expert].double()])
+        solved_D = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+        torch.testing.assert_close(found.router_ED[expert].double(), solved_D, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_that_is_right_stays() -> None:
+    """Nothing has changed on the way to it, so no other row can do better on held-out tokens."""
+    x_TD = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    assert fit(torch.randn(4, 6), x_TD, x_TD, torch.arange(100) % 4 == 0, 2, CPU) is None
+
+
+def test_an_expert_that_counts_nowhere_keeps_its_row() -> None:
+    rng = torch.Generator().manual_seed(0)
+    exact_TD = torch.rand(300, 6, generator=rng)
+    router_ED = torch.rand(20, 6, generator=rng)
+    router_ED[7] = -10
+    found = fit(router_ED, exact_TD, exact_TD * 0.9, torch.arange(300) % 4 == 0, 2, CPU)
+    assert found is not None and torch.equal(found.router_ED[7], router_ED[7])
+    assert not torch.equal(found.router_ED[6], router_ED[6])
+
+
+def test_agreement_counts_experts_in_any_order() -> None:
+    assert agreement(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[2, 1], [3, 5]])) == 0.75
+
+
+def test_trials_are_runs_with_one_router_as_it_was() -> None:
+    """Layers that add, whose calibrated router adds something else; the second has none, and none helps in the last."""
+    own, calibrated = [1.0, 10.0, 100.0, 1000.0], [2.0, None, 300.0, 500.0]
+
+    def by(term: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x * 2 + term
+
+    start = torch.ones(1, 1, 1)
+    trials, everything = Trials(start.clone()), start.clone()
+    for layer, (as_it_was, other) in enumerate(zip(own, calibrated, strict=True)):
+        trials.as_it_was(layer, everything, by(as_it_was), other is not None)
+        trials.advance(by(as_it_was if other is None else other))
+        everything = by(as_it_was if other is None else other)(everything)
+
+    def run(without: set[int]) -> float:
+        x = 1.0
+        for layer, (as_it_was, other) in enumerate(zip(own, calibrated, strict=True)):
+            x = x * 2 + (as_it_was if other is None or layer in without else other)
+        return x
+
+    assert {layer: float(x) for layer, x in trials.without.items()} == {layer: run({layer}) for layer in (0, 2, 3)}
+    assert float(trials.untouched_HLD) == run({0, 1, 2, 3}) and float(everything) == run(set())
+    # as far as possible from zero is best, so the last layer's should go back
+    helps, before, after = trials.judge(everything, lambda x: -float(x))
+    assert (helps, before, after) == ([0, 2] if run(set()) > run({0, 1, 2, 3}) else [], -run({0, 1, 2, 3}), -run(set()))
+
+
+def test_what_reaches_a_router_is_made_up_for(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder, spool = tiny("qwen3_moe"), Spool(tmp_path / "spool")
+    encode(folder, every_expert(QuantType.IQ2_XXS), spool)
+    calibrated(folder, spool)
+    routers = spool.routers()
+    assert routers is not None and 0 not in routers.router_ED  # nothing before it is quantised
+    assert routers.agreement >= routers.agreement_before or not routers.router_ED
+    written = spool._routers.stat().st_mtime_ns
+    calibrated(folder, spool)
+    assert spool._routers.stat().st_mtime_ns == written
+
+
+def calibrated(folder: Path, spool: Spool) -> None:
+    calibrate_routers(
+        LayerStream(folder), TOKENS_SL, every_expert(QuantType.IQ2_XXS), NO_MATRICES, spool,
+        device=CPU, n_threads=2, progress=lambda *_: None,
+    )  # fmt: skip
+
+
+def test_spooled_and_read_back(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    assert spool.routers() is None
+    routers = Routers({3: np.eye(4, dtype=np.float32)}, 0.1, 0.05, 0.9, 0.95)
+    spool.put_routers(routers)
+    back = spool.routers()
+    assert back is not None and list(back.router_ED) == [3] and np.array_equal(back.router_ED[3], routers.router_ED[3])
+    assert (back.kl_before, back.kl_after, back.agreement_before, back.agreement) == (0.1, 0.05, 0.9, 0.95)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_file_has_the_routers_that_help(
+    layout: str, needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever the trials say: the second layer's router is kept, in the file's order of experts."""
+    monkeypatch.setattr(Trials, "judge", lambda self, *_: ([1] if 1 in self.without else [], 0.2, 0.1))
+    folder = tiny("qwen3_moe")
+    words = np.random.default_rng(0).choice(" ".join(CORPUS).split(), 1500)
+    (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    calibration = Calibration((tmp_path / "text.txt",), n_sequences=48, sequence_tokens=32, n_probe_tokens=64)
+
+    def routers(quantizer: Quantizer) -> tuple[list[np.ndarray], list[bool] | None]:
+        said: list[str] = []
+        with cheap_measurements():
+            path = convert(
+                folder, tmp_path / f"{quantizer.router}.gguf", bits=3.0, layout=layout, quantizer=quantizer,
+                calibration=calibration, work_folder=tmp_path / "work", note=said.append,
+            ).path  # fmt: skip
+        assert any("calibrated routers: 1;" in line for line in said) == (quantizer.router == "qesc")
+        assert verify_file(path, open_source(folder)).ok
+        reader = gguf.GGUFReader(path)
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        found = []
+        for layer in range(2):
+            router_ED = tensors[f"blk.{layer}.ffn_gate_inp.weight"]
+            order = reader.get_field(f"moe2gguf.expert_order.{layer}")
+            found.append(router_ED if order is None else router_ED[np.argsort(order.contents())])
+        flags = reader.get_field("moe2gguf.router_calibrated")
+        return found, None if flags is None else flags.contents()
+
+    as_they_were, no_flags = routers(Quantizer(router="none"))
+    found, flags = routers(DEFAULT_QUANTIZER)
+    assert no_flags is None and flags == [False, True]
+    np.testing.assert_array_equal(found[0], as_they_were[0])
+    change = np.linalg.norm(found[1] - as_they_were[1], axis=1) / np.linalg.norm(as_they_were[1], axis=1)
+    assert (change > 0).all() and (change < 0.5).all()
