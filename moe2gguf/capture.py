@@ -83,7 +83,11 @@ class LayerCapture:
 
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x f32 (T, D), ids i64 (T, K), gate weights as applied f32 (T, K)."""
-        return torch.cat(self._x), torch.cat(self._ids), torch.cat(self._gates)
+        return torch.cat(self._x), self.selected(), torch.cat(self._gates)
+
+    def selected(self) -> torch.Tensor:
+        """ids i64 (T, K)"""
+        return torch.cat(self._ids)
 
 
 def tokens_of(expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ from moe2gguf.pipeline import (
     work_folder_for,
 )
 from moe2gguf.probes import EXPERT_PROBE_TYPES
+from moe2gguf.router import DAMPINGS, HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
 from moe2gguf.source import Source, expert_axis, layer_of, open_source
 
 GIB = 1 << 30
@@ -109,6 +110,14 @@ def make_plan(
         for tensor in source.tensors
         if expert_axis(tensor.name) is not None and tensor.quantisable
     )
+    n_moe_layers = len({u.layer for u in table.units if u.expert is not None})
+    n_columns = source.tensor("token_embd.weight").shape[1]
+    router_flops = n_moe_layers * (
+        # their second moments and, in f64, their equations; on held-out tokens a branch for each layer before
+        2 * source.n_expert * min(n_tokens, MAX_TOKENS) * n_columns**2
+        + 3 * len(DAMPINGS) * source.n_expert * n_columns**3 / 3
+        + active * min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
+    )
     widest = _widest_expert(source)
     chunk_share = min(1.0, max(1, CHUNK_BYTES // (8 * widest**2)) / source.n_expert)
     roles = _roles(source, table, allocation)
@@ -147,9 +156,9 @@ def make_plan(
         + sum(role.n_bytes for role in roles if role.role == "expert")
         + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        # error feedback takes about as long as ggml's encoder; the text passes three times
+        # error feedback takes about as long as ggml's encoder; the text passes three times, and three for the routers
         quantise_seconds=1.5 * source.n_params / encode_rate
-        + (3 * 2 * active * n_tokens + moments_flops) / matrix_flops,
+        + (6 * 2 * active * n_tokens + moments_flops + router_flops) / matrix_flops,
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),

@@ -163,7 +163,7 @@ def calibrate_routers(
                 if index in fits:
                     before, now = (
                         agreement(exact_ids_TK[held_out_T], ids_TK[held_out_T])
-                        for ids_TK in (found_ids_TK, after.routed()[1])
+                        for ids_TK in (found_ids_TK, after.selected())
                     )
                     agreements.append((before, now))
         exact_HLD = streams.exact_SLD[held_out_S]
