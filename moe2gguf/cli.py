@@ -158,6 +158,13 @@ budget_options = _together(
         type=click.IntRange(1, 7),
         help="Most runs of one type that a layer's experts may form.",
     ),
+    click.option(
+        "--allocator",
+        type=click.Choice(["global", "pmq", "uniform"]),
+        default="global",
+        show_default=True,
+        help="One program over the whole model; MC-MoE's, layer by layer; one type for all experts.",
+    ),
     click.option("--types", type=_Type(), multiple=True, help="Allow only these types; repeatable  [default: all]."),
     click.option(
         "--tensor-type", type=_Override(), multiple=True, help="Pin the type of tensors whose name matches; repeatable."
@@ -238,6 +245,13 @@ def _budget(options: dict[str, Any]):
     return Budget(options["bits"], options["size_bytes"])
 
 
+def _choice(options: dict[str, Any]):
+    from moe2gguf.pipeline import Choice
+
+    types, overrides = options["types"] or None, _overrides(options)
+    return Choice(options["layout"], options["max_groups"], types, overrides, options["allocator"])
+
+
 def _quantizer(options: dict[str, Any]):
     from moe2gguf.backend import device
     from moe2gguf.pipeline import Quantizer
@@ -306,7 +320,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
     from moe2gguf.plan import make_plan, render_plan
 
     budget = _budget(options)
-    choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
+    choice = _choice(options)
     if dry_run:
         plan = make_plan(
             model,
@@ -331,6 +345,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             max_groups=choice.max_groups,
             types=choice.types,
             overrides=choice.overrides,
+            allocator=choice.allocator,
             calibration=_calibration(options),
             quantizer=_quantizer(options),
             skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
@@ -411,7 +426,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 
     source, stats = _open(model, options), load_stats(stats_path)
     budget = _budget(options)
-    choice = pipeline.Choice(options["layout"], options["max_groups"], options["types"] or None, _overrides(options))
+    choice = _choice(options)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
     pipeline.report_allocation(source, table, stats, allocation, choice, _note)

@@ -15,6 +15,7 @@ import transformers
 
 from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
+from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
 from moe2gguf.encode_experts import AFFINITIES, AFFINITY, describe, encode_experts
@@ -80,6 +81,7 @@ class Choice:
     max_groups: int = MAX_GROUPS
     types: tuple[QuantType, ...] | None = None
     overrides: tuple[tuple[str, QuantType], ...] = ()
+    allocator: str = "global"  # a key of ALLOCATORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,7 @@ def convert(
     max_groups: int = MAX_GROUPS,
     types: tuple[QuantType, ...] | None = None,
     overrides: tuple[tuple[str, QuantType], ...] = (),
+    allocator: str = "global",
     calibration: Calibration | None = None,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
     skipping: Skipping = NO_SKIPPING,
@@ -137,7 +140,7 @@ def convert(
 ) -> ConvertResult:
     """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit."""
     threads = n_threads or available_cores()
-    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides)
+    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator)
     calibration = calibration or Calibration()
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
@@ -336,8 +339,14 @@ def fit_budget(
     """The best allocation within the budget, and the plan of its file (none without statistics)."""
 
     def best(tensor_bytes: int) -> Allocation:
+        # what is in reach is asked before anything is measured
+        found = (
+            allocate(table, tensor_bytes, max_groups=choice.max_groups)
+            if stats is None
+            else ALLOCATORS[choice.allocator](table, stats, tensor_bytes, choice.max_groups)
+        )
         return dataclasses.replace(
-            allocate(table, tensor_bytes, max_groups=choice.max_groups),
+            found,
             source_sha256=source_digest(source),
             recipe=_recipe(budget, choice, stats),
         )
@@ -387,13 +396,14 @@ def report_allocation(
             f"{cold[worst]}); their importance leans on the layer's average"
         )
     if allocation.tensor_bytes < 0.995 * allocation.budget_bytes:
-        note(f"the largest types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
+        note(f"the types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
 
 
 def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> str:
     recipe: dict[str, object] = {
         "budget": budget.describe(),
         "layout": choice.layout,
+        "allocator": choice.allocator,
         "max_groups": choice.max_groups,
         "types": [t.name for t in choice.types or CANDIDATES],
         "overrides": [[pattern, t.name] for pattern, t in choice.overrides],
