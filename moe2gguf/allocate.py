@@ -310,7 +310,7 @@ def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.n
         integrality=np.ones(n),
         bounds=scipy.optimize.Bounds(0, 1),
         # nodes, not seconds: the same input must give the same bytes on a slower machine
-        options={"presolve": False, "mip_rel_gap": SOLVER_GAP, "node_limit": SOLVER_NODES},
+        options={"presolve": True, "mip_rel_gap": SOLVER_GAP, "node_limit": SOLVER_NODES},
     )
     if result.x is not None:
         solved_U = found_U.copy()
