@@ -518,6 +518,38 @@ def inspect(file: Path, plot: Path | None) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", type=_existing_file, help="The unquantised GGUF: KL divergence from it is measured.")
+@click.option("--text", type=_existing_file, help="Held-out text to measure on  [default: CPython's documentation].")
+@click.option("--chunks", default=32, show_default=True, type=click.IntRange(min=1), help="Of 512 tokens each.")
+@click.option("--force", is_flag=True, help="Replace an existing README.md.")
+def card(file: Path, base: Path | None, text: Path | None, chunks: int, force: bool) -> None:
+    """Write a model card, README.md, beside FILE: contents, hashes, recipe, and KL divergence from --base."""
+    from moe2gguf.card import write_card
+    from moe2gguf.evaluate import evaluate, held_out_text
+
+    evaluations: tuple = ()
+    with progress_display() as progress:
+        if base is not None:
+            held_out = text.read_text(encoding="utf-8") if text else held_out_text(chunks * 4000)
+            evaluations = evaluate(
+                base,
+                [file],
+                held_out,
+                max_chunks=chunks,
+                progress=lambda done, total, _: progress("KL divergence", done, total),
+            )
+        path = write_card(
+            file,
+            evaluations,
+            text_name=text.name if text else "CPython's documentation and library",
+            overwrite=force,
+            progress=lambda done, total: progress("sha256", done, total),
+        )
+    click.echo(path)
+
+
+@main.command()
 @click.option("--bits", default=2.54, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True)
 def demo(bits: float, folder: Path) -> None:
