@@ -114,8 +114,8 @@ def _usage(report: FileReport, first: str) -> list[str]:
     if report.grouped:
         lines += [
             "",
-            "Experts have types of their own, which needs a llama.cpp with moe2gguf's patches: install moe2gguf, then run "
-            "`moe2gguf runtime install`.",
+            "Experts have types of their own, which needs llama.cpp with moe2gguf's patches: install moe2gguf, then "
+            "run `moe2gguf runtime install`.",
         ]
     if report.thresholds:
         strength = f"{report.architecture}.expert_skip_strength"
@@ -131,7 +131,8 @@ def _measured(evaluations: Sequence[Evaluation], text_name: str) -> list[str]:
     e = evaluations[0]
     return [
         f"{e.n_tokens:,} predictions in {e.n_chunks} chunks of {e.n_ctx} tokens of {text_name}, against the "
-        f"unquantised model (perplexity {e.base_perplexity:.3f} ± {e.base_perplexity_error:.3f}); ± one standard error.",
+        f"unquantised model (perplexity {e.base_perplexity:.3f} ± {e.base_perplexity_error:.3f}); ± one standard "
+        "error.",
         "",
         "| file | perplexity | mean KLD | 99 % | max | same top |",
         "|---|---:|---:|---:|---:|---:|",
