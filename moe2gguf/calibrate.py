@@ -8,6 +8,7 @@ J candidate types, n tokens of one expert or of a sample.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ def calibrate(
     n_probe_tokens: int,
     n_threads: int,
     seed: int,
+    scratch_folder: Path,
     progress: Progress,
 ) -> CalibrationStats:
-    """Runs all of the text through the model once, and n_probe_tokens of it through the probes."""
+    """Runs all of the text through the model once, and n_probe_tokens of it through the probes, whose hidden states
+    lie in the scratch folder where they are many."""
     tokens_SL = torch.from_numpy(text.tokens_SL)
     n_sequences, length = tokens_SL.shape
     rng = np.random.default_rng(seed)
@@ -58,7 +61,7 @@ def calibrate(
         measure = Measure(types, pool)
         # spread over the text, which may be several files of different kinds
         probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
-        probes = Probes(stream, pool, batch_sequences, tokens_SL[probed])
+        probes = Probes(stream, pool, batch_sequences, tokens_SL[probed], scratch_folder)
         embedding_VD = stream.embedding_VD.numpy()
         share_V = np.bincount(text.tokens_SL.ravel(), minlength=len(embedding_VD)) / text.tokens_SL.size
         error_EJ["embed_tokens"] = measure.embedding(embedding_VD, share_V, rng)

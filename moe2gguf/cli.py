@@ -119,6 +119,13 @@ calibration_options = _together(
         multiple=True,
         help="Calibration text; repeatable. Without it the model writes its own.",
     ),
+    click.option(
+        "--calib",
+        type=click.Choice(["sample", "ebss"]),
+        default="sample",
+        show_default=True,
+        help="How the model writes it: plain sampling, or beams that use the experts evenly.",
+    ),
     click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Sequences of text."),
     click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each."),
     click.option(
@@ -264,6 +271,7 @@ def _calibration(options: dict[str, Any]):
 
     return Calibration(
         text_paths=options["text_paths"],
+        writer=options["calib"],
         n_sequences=options["sequences"],
         sequence_tokens=options["length"],
         n_probe_tokens=options["probe_tokens"],

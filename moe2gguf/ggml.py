@@ -52,6 +52,13 @@ def _library() -> ctypes.CDLL:
     if not path.is_file():
         raise RuntimeMissing(f"{path} is missing; run `moe2gguf runtime install`")
     library = ctypes.CDLL(str(path))
+    library.ggml_get_name.restype = ctypes.c_char_p
+    library.ggml_get_name.argtypes = [ctypes.c_void_p]
+    library.ggml_nbytes.restype = ctypes.c_size_t
+    library.ggml_nbytes.argtypes = [ctypes.c_void_p]
+    library.ggml_nrows.restype = ctypes.c_int64
+    library.ggml_nrows.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,  # type
@@ -137,3 +144,18 @@ def decode(blocks_RB: np.ndarray, quant_type: QuantType, n_columns: int) -> np.n
 def round_trip(weight_RK: np.ndarray, quant_type: QuantType, importance_K: np.ndarray | None = None) -> np.ndarray:
     """What the runtime will compute with: decode(encode(weight))."""
     return decode(encode(weight_RK, quant_type, importance_K), quant_type, weight_RK.shape[1])
+
+
+def tensor_name(tensor: int) -> str:
+    """Of a struct ggml_tensor *."""
+    return _library().ggml_get_name(tensor).decode("utf-8", "replace")
+
+
+def tensor_rows(tensor: int, n_columns: int) -> np.ndarray:
+    """i32 (rows, n_columns) of a tensor of 32-bit integers, which may be the left part of a wider one."""
+    library = _library()
+    n_rows, n_bytes = library.ggml_nrows(tensor), library.ggml_nbytes(tensor)
+    stride = (n_bytes // 4 - n_columns) // (n_rows - 1) if n_rows > 1 else n_columns
+    values = np.empty(n_rows * stride, np.int32)
+    library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, n_bytes)
+    return values.reshape(n_rows, stride)[:, :n_columns].copy()

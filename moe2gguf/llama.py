@@ -55,9 +55,19 @@ def available_cores() -> int:
 
 @contextmanager
 def open_model(
-    path: Path, errors: list[str], *, sequence_tokens: int, n_batch: int, n_sequences: int, n_threads: int
+    path: Path,
+    errors: list[str],
+    *,
+    sequence_tokens: int,
+    n_batch: int,
+    n_sequences: int,
+    n_threads: int,
+    observe: Any = None,
 ) -> Iterator[OpenModel]:
-    """errors is what captured_log yields. Raises Moe2ggufError with llama.cpp's reason if the file does not load."""
+    """errors is what captured_log yields, observe a ggml_backend_sched_eval_callback.
+
+    Raises Moe2ggufError with llama.cpp's reason if the file does not load.
+    """
     llama_cpp = _import_llama_cpp()
     if not path.is_file():
         raise Moe2ggufError(f"{path} is not there; a GGUF file is needed")
@@ -70,6 +80,8 @@ def open_model(
         params.n_ctx = sequence_tokens * n_sequences
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = n_sequences
+        if observe is not None:
+            params.cb_eval = observe
         params.n_threads = params.n_threads_batch = n_threads
         params.no_perf = True
         context = llama_cpp.llama_init_from_model(model, params)

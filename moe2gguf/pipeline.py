@@ -6,11 +6,12 @@ source -> calibrate -> cost table -> allocate -> quantise -> GGUF
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import torch
+import numpy as np
 import transformers
 
 from moe2gguf import __version__
@@ -18,19 +19,23 @@ from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
-from moe2gguf.encode_experts import AFFINITIES, AFFINITY, describe, encode_experts
+from moe2gguf.ebss import balance, balanced_text
+from moe2gguf.encode_experts import describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
 from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
+from moe2gguf.provenance import ROUTER_KEY, provenance
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
 from moe2gguf.sample import sample_text
-from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
+from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Budget, Calibration, Choice, Quantizer
+from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Outcome, Spool
+from moe2gguf.states import SCRATCH_PREFIX
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrix
@@ -45,59 +50,6 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 def no_note(text: str) -> None:
     pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """How to calibrate."""
-
-    text_paths: tuple[Path, ...] = ()  # empty: the model writes its own text
-    n_sequences: int = 128
-    sequence_tokens: int = 512
-    n_probe_tokens: int = 4096
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """Exactly one of the two."""
-
-    bits: float | None = None  # stored bits of all tensors per parameter
-    size_bytes: int | None = None  # of the whole file
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.size_bytes is None):
-            raise Moe2ggufError("give either --bits or --size")
-
-    def describe(self) -> str:
-        return f"{self.bits:g} bits per weight" if self.bits is not None else f"{self.size_bytes:,} bytes"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What the allocation may choose from."""
-
-    layout: str = "grouped"  # "grouped" | "stock"
-    max_groups: int = MAX_GROUPS
-    types: tuple[QuantType, ...] | None = None
-    overrides: tuple[tuple[str, QuantType], ...] = ()
-    allocator: str = "global"  # a key of ALLOCATORS
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantizer:
-    """How the experts' bytes are found."""
-
-    feedback: bool = True  # False: ggml's encoder alone
-    affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
-    router: str = "qesc"  # "none" leaves routers as they are
-
-
-DEFAULT_QUANTIZER = Quantizer()
-NO_SKIPPING = Skipping()
-# bool per layer: whether the file has another router than the checkpoint
-ROUTER_KEY = "moe2gguf.router_calibrated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +252,9 @@ def calibrated(
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
-    text = _calibration_text(source, calibration, work, n_threads, progress)
+    for left_behind in work.glob(f"{SCRATCH_PREFIX}*"):  # by a run that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    text = _calibration_text(source, calibration, work, n_threads, progress, note)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     (work / "calibration.txt").write_text(
         "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in text.tokens_SL),
@@ -315,9 +269,12 @@ def calibrated(
         n_probe_tokens=calibration.n_probe_tokens,
         n_threads=n_threads,
         seed=calibration.seed,
+        scratch_folder=work,
         progress=progress,
     )
     save_stats(stats, path)
+    sigma = balance(np.stack([layer.n_tokens_E for layer in stats.layers.values()]))
+    note(f"the text uses the experts to within σ = {sigma:.4f} of evenly")
     return stats
 
 
@@ -417,66 +374,6 @@ def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> s
     return json.dumps(recipe, sort_keys=True)
 
 
-def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> KeyValues:
-    """What the patched runtime reads: a threshold per layer; 0 where there is none."""
-    values: KeyValues = {}
-
-    def put(name: str, by_layer: dict[int, float]) -> None:
-        numbers = [by_layer.get(layer, 0.0) for layer in range(source.n_layer)]
-        values[f"{source.arch}.expert_skip_{name}"] = (numbers, ValueType.ARRAY, ValueType.FLOAT32)
-
-    def said(name: str, thresholds: Thresholds) -> None:
-        values[f"moe2gguf.{name}.share"] = (thresholds.share, ValueType.FLOAT32, None)
-        values[f"moe2gguf.{name}.kld.predicted"] = (thresholds.kl, ValueType.FLOAT32, None)
-
-    if skipping.share:
-        thresholds = ratio_thresholds(stats, skipping.share)
-        put("ratio", thresholds.limit_L)
-        put("protect_norm", thresholds.protect_norm_L)
-        said("skip", thresholds)
-    if skipping.prompt_share:
-        thresholds = frequency_thresholds(stats, skipping.prompt_share)
-        put("frequency", thresholds.limit_L)
-        said("skip_prompt", thresholds)
-    return values
-
-
-def provenance(
-    source: Source,
-    stats: CalibrationStats,
-    allocation: Allocation,
-    quantizer: Quantizer = DEFAULT_QUANTIZER,
-    skipping: Skipping = NO_SKIPPING,
-) -> KeyValues:
-    """Key-values that say where the file comes from and how to make it again."""
-    string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
-    values: KeyValues = {
-        "general.quantized_by": ("moe2gguf", string, None),
-        "moe2gguf.version": (__version__, string, None),
-        "moe2gguf.layout": (allocation.layout, string, None),
-        "moe2gguf.source.name": (source.name, string, None),
-        "moe2gguf.source.sha256": (stats.source_sha256, string, None),
-        "moe2gguf.recipe": (allocation.recipe, string, None),
-        # of one length whatever they say: the size is planned before
-        "moe2gguf.feedback": (quantizer.feedback, ValueType.BOOL, None),
-        "moe2gguf.affinity": (AFFINITIES.index(quantizer.affinity), uint, None),
-        "moe2gguf.seed": (stats.seed, uint, None),
-        "moe2gguf.calibration.digest": (stats.digest, string, None),
-        "moe2gguf.calibration.tokens": (stats.n_tokens, uint, None),
-        "moe2gguf.kld.predicted": (allocation.predicted_kl, real, None),
-        "quantize.imatrix.dataset": (stats.text, string, None),
-        "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
-    }
-    if quantizer.feedback and quantizer.router == "qesc":
-        # known when all is quantised
-        values[ROUTER_KEY] = ([False] * source.n_layer, ValueType.ARRAY, ValueType.BOOL)
-    values |= skip_values(source, stats, skipping)
-    # the Hub's cache keeps a snapshot under its commit
-    if source.path.parent.name == "snapshots":
-        values["moe2gguf.source.commit"] = (source.path.name, string, None)
-    return values
-
-
 def outfile_for(source: Source, outfile: Path | None, budget: Budget) -> Path:
     """`--outfile` with its {ftype} filled in, or a name after gguf's convention in the current folder."""
     encoding = f"MQ{budget.bits:g}".replace(".", "_") if budget.bits is not None else "MQ"
@@ -495,7 +392,7 @@ def work_folder_for(source: Source, target: Path) -> Path:
 
 
 def _calibration_text(
-    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress
+    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
 ) -> CalibrationText:
     length = min(
         calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens)
@@ -504,13 +401,28 @@ def _calibration_text(
         return text_from_files(calibration.text_paths, source.path, calibration.n_sequences, length)
     writer = work / "sampling-q8_0.gguf"
     _write_uniform(source, QuantType.Q8_0, writer, n_threads, progress)
+    # keys and values in 16 bits, as if every head had its own
+    kv_bytes_per_token = 4 * source.n_layer * source.tensor("token_embd.weight").shape[1]
     try:
+        if calibration.writer == "ebss":
+            balanced = balanced_text(
+                writer,
+                calibration.n_sequences,
+                length,
+                n_experts=source.n_expert,
+                n_selected=source.n_expert_used,
+                kv_bytes_per_token=kv_bytes_per_token,
+                n_threads=n_threads,
+                seed=calibration.seed,
+                progress=lambda done, total: progress("the model writes balanced calibration text", done, total),
+            )
+            note(f"{balanced.n_rejected} texts that the model wrote were rejected: they repeat themselves")
+            return balanced.text
         return sample_text(
             writer,
             calibration.n_sequences,
             length,
-            # keys and values in 16 bits, as if every head had its own
-            kv_bytes_per_token=4 * source.n_layer * source.tensor("token_embd.weight").shape[1],
+            kv_bytes_per_token=kv_bytes_per_token,
             n_threads=n_threads,
             seed=calibration.seed,
             progress=lambda done, total: progress("the model writes calibration text", done, total),

@@ -31,7 +31,7 @@ from moe2gguf.pipeline import (
     statistics_at_hand,
     work_folder_for,
 )
-from moe2gguf.probes import EXPERT_PROBE_TYPES
+from moe2gguf.probes import BRANCHES_BYTES, EXPERT_PROBE_TYPES
 from moe2gguf.router import DAMPINGS, HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
 from moe2gguf.source import Source, expert_axis, layer_of, open_source
 
@@ -105,6 +105,7 @@ def make_plan(
         + len(EXPERT_PROBE_TYPES) * source.n_params
     )
     hidden = n_tokens * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    branches_bytes = int(n_branches * calibration.n_probe_tokens / n_tokens * hidden)
     moments_flops = sum(
         2 * 4 * n_tokens * source.n_expert_used * tensor.shape[-1] ** 2
         for tensor in source.tensors
@@ -134,7 +135,7 @@ def make_plan(
             + 1.5 * _largest_layer_params(source) * F32_BYTES
             + _outer_params(source) * F32_BYTES
             + 3 * hidden
-            + n_branches * calibration.n_probe_tokens / n_tokens * hidden
+            + min(branches_bytes, BRANCHES_BYTES)
         ),
         quantise_ram_bytes=int(
             BASE_BYTES
@@ -151,9 +152,9 @@ def make_plan(
                 + 8 * min(source.n_expert * 8 * widest**2, max(CHUNK_BYTES, 8 * widest**2)),
             )
         ),
-        # experts lie in the work folder until the file is written
+        # before: what of the probes is too much for memory; after: experts until the file is written
         disk_bytes=allocation.tensor_bytes
-        + sum(role.n_bytes for role in roles if role.role == "expert")
+        + max(sum(role.n_bytes for role in roles if role.role == "expert"), branches_bytes - BRANCHES_BYTES)
         + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
         # error feedback takes about as long as ggml's encoder; the text passes three times, and three for the routers

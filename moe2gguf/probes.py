@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from moe2gguf import ggml
 from moe2gguf.capture import MatrixCapture
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.ggml import QuantType
+from moe2gguf.states import States
 from moe2gguf.stats import ExpertStats
 from moe2gguf.stream import LayerStream
 
@@ -28,6 +30,8 @@ MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
 # for columns that are no multiple of 256; candidates, since a probe is read beside the error measured at its type
 SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
+# of hidden states kept in memory; the rest lies on disk
+BRANCHES_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,17 @@ class Probe:
 
 
 class Probes:
-    def __init__(self, stream: LayerStream, pool: ThreadPoolExecutor, batch_sequences: int, tokens_SL: torch.Tensor):
+    def __init__(
+        self,
+        stream: LayerStream,
+        pool: ThreadPoolExecutor,
+        batch_sequences: int,
+        tokens_SL: torch.Tensor,
+        scratch_folder: Path,
+    ):
         self._stream, self._pool, self._batch = stream, pool, batch_sequences
         self._clean_SLD = self._embed(tokens_SL)
-        self._branches: dict[tuple[str, QuantType], torch.Tensor] = {}
+        self._branches = States[tuple[str, QuantType]](BRANCHES_BYTES, scratch_folder)
         weight_VD = stream.embedding_VD
         used = torch.unique(tokens_SL)
         for quant_type in _fitting(MATRIX_PROBE_TYPES, weight_VD.shape[1]):
@@ -62,9 +73,9 @@ class Probes:
 
     def advance(self, index: int, layer: nn.Module, progress: Callable[[int, int], None]) -> None:
         """All branches through the layer. The clean stream waits: branch first, then pass."""
-        for done, (key, hidden_SLD) in enumerate(self._branches.items()):
+        for done, key in enumerate(self._branches):
             progress(done, len(self._branches))
-            self._branches[key] = self._run(index, layer, hidden_SLD)
+            self._branches[key] = self._run(index, layer, self._branches[key])
 
     def branch_matrix(self, index: int, layer: nn.Module, name: str, matrix: MatrixCapture) -> None:
         weight = matrix.module.weight
@@ -105,12 +116,14 @@ class Probes:
         for done, chunk in enumerate(chunks):
             progress(done, len(chunks))
             clean_LV = torch.log_softmax(self._stream.logits(self._clean_SLD[chunk])[0], -1)
-            for key, hidden_SLD in self._branches.items():
-                sums[key] += _kl(clean_LV, self._stream.logits(hidden_SLD[chunk])[0])
+            for name in self._branches:
+                part_1LD = self._branches.part(name, chunk[0].start, chunk[1])
+                sums[name] += _kl(clean_LV, self._stream.logits(part_1LD)[0])
             for key, probe in heads.items():
                 with _restored(weight):
                     weight.copy_(probe)
                     sums[key] += _kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0])
+        self._branches.close()
         found: dict[str, tuple[Probe, ...]] = {}
         for (name, quant_type), total in sums.items():
             found[name] = (*found.get(name, ()), Probe(quant_type, total / (len(chunks) * step)))

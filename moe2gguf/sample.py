@@ -50,39 +50,42 @@ def sample_text(
             n_threads=n_threads,
         ) as model,
     ):
-        batch = model.lib.llama_batch_init(n_parallel, 0, 1)
         for first in range(0, n_sequences, n_parallel):
             group = slice(first, min(first + n_parallel, n_sequences))
             rng = np.random.default_rng([seed, first])
-            tokens_P = np.full(group.stop - group.start, _first_token(model))
+            tokens_P = np.full(group.stop - group.start, first_token(model))
             model.forget()
             for position in range(sequence_tokens):
                 progress(first * sequence_tokens + position * len(tokens_P), n_sequences * sequence_tokens)
                 tokens_SL[group, position] = tokens_P
                 if position + 1 < sequence_tokens:
-                    tokens_P = _draw(_step(model, batch, tokens_P, position), rng)
-        model.lib.llama_batch_free(batch)
+                    tokens_P = draw(decode(model, tokens_P, np.arange(len(tokens_P)), position), rng)
     return CalibrationText(tokens_SL, "self-sampled")
 
 
-def _first_token(model: OpenModel) -> int:
+def first_token(model: OpenModel) -> int:
     """What begins a document: BOS, or else the EOS that ends the one before."""
     candidates = (model.lib.llama_vocab_bos(model.vocab), model.lib.llama_vocab_eos(model.vocab), 0)
     return next(token for token in candidates if token >= 0)
 
 
-def _step(model: OpenModel, batch, tokens_P: np.ndarray, position: int) -> np.ndarray:
-    """One token for each sequence at the same position -> logits f32 (P, V), until the next step."""
-    batch.n_tokens = len(tokens_P)
-    for i, token in enumerate(tokens_P.tolist()):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-        batch.seq_id[i][0], batch.logits[i] = i, True
-    if (status := model.lib.llama_decode(model.context, batch)) != 0:
+def decode(model: OpenModel, tokens_P: np.ndarray, names_P: np.ndarray, position: int) -> np.ndarray:
+    """One token for each sequence of these names at the same position -> logits f32 (P, V), until the next step."""
+    batch = model.lib.llama_batch_init(len(tokens_P), 0, 1)
+    try:
+        batch.n_tokens = len(tokens_P)
+        for i, (token, name) in enumerate(zip(tokens_P.tolist(), names_P.tolist(), strict=True)):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = name, True
+        status = model.lib.llama_decode(model.context, batch)
+    finally:
+        model.lib.llama_batch_free(batch)
+    if status != 0:
         raise Moe2ggufError(f"the runtime failed while sampling calibration text (llama_decode: {status})")
     return np.ctypeslib.as_array(model.lib.llama_get_logits(model.context), (len(tokens_P), model.n_vocab))
 
 
-def _draw(logits_PV: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw(logits_PV: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One token a row, at temperature 1."""
     probability_PV = np.exp((logits_PV - logits_PV.max(1, keepdims=True)).astype(np.float64))
     cumulative_PV = probability_PV.cumsum(1)

@@ -15,9 +15,10 @@ import click
 from moe2gguf import pipeline
 from moe2gguf.evaluate import evaluate, held_out_text
 from moe2gguf.ggml import QuantType
-from moe2gguf.gguf_file import Target, write_gguf
+from moe2gguf.gguf_file import KeyValues, Target, write_gguf
 from moe2gguf.llama import available_cores
 from moe2gguf.plot import plot_skipping
+from moe2gguf.provenance import skip_values
 from moe2gguf.quantize import encode_tensors, plan_uniform
 from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
@@ -45,7 +46,7 @@ def main(
     wanted = [("ratio", Skipping(float(share))) for share in shares.split(",")]
     wanted += [("frequency", Skipping(prompt_share=float(share))) for share in prompt_shares.split(",")]
     files = [
-        write(source, folder / f"skip-{i}.gguf", pipeline.skip_values(source, stats, skipping))
+        write(source, folder / f"skip-{i}.gguf", skip_values(source, stats, skipping))
         for i, (_, skipping) in enumerate(wanted)
     ]
     found = evaluate(base, files, held_out, max_chunks=chunks)
@@ -53,7 +54,7 @@ def main(
     points: dict[str, list[tuple[float, float]]] = {}
     for (rule, skipping), row in zip(wanted, found, strict=True):
         assert row.skipped is not None
-        values = pipeline.skip_values(source, stats, skipping)
+        values = skip_values(source, stats, skipping)
         predicted = next(value for key, (value, _, _) in values.items() if key.endswith("kld.predicted"))
         asked = skipping.share or skipping.prompt_share
         points.setdefault(rule, []).append((row.skipped, row.kld_mean))
@@ -65,7 +66,7 @@ def main(
         plot_skipping(points, plot)
 
 
-def write(source: Source, path: Path, values: pipeline.KeyValues) -> Path:
+def write(source: Source, path: Path, values: KeyValues) -> Path:
     plan = plan_uniform(source, QuantType.BF16)
     encoded = encode_tensors(plan, available_cores(), lambda *_: None)
     return write_gguf(source, plan, encoded, values, Target(path, overwrite=True))[0]

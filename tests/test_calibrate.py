@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def run_calibration(
         n_probe_tokens=length,
         n_threads=2,
         seed=0,
+        scratch_folder=Path(gettempdir()),
         progress=progress,
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import pytest
@@ -196,6 +197,7 @@ def calibrated_small(tiny: Callable[..., Path]) -> tuple[Path, CalibrationStats]
         n_probe_tokens=3 * TOKENS_SL.shape[1],
         n_threads=2,
         seed=0,
+        scratch_folder=Path(gettempdir()),
         progress=no_progress,
     )
     return folder, stats

@@ -14,7 +14,8 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.evaluate import evaluate
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
-from moe2gguf.gguf_file import Target, write_gguf
+from moe2gguf.gguf_file import KeyValues, Target, write_gguf
+from moe2gguf.provenance import skip_values
 from moe2gguf.quantize import encode_tensors, plan_uniform
 from moe2gguf.skip import BINS, PROTECTING_QUANTILES, Skipping
 from moe2gguf.source import Source, open_source
@@ -104,7 +105,7 @@ def test_the_choice_is_the_cheapest_there_is() -> None:
 
 
 def test_nothing_is_skipped_unasked(stats: CalibrationStats, source: Source) -> None:
-    assert pipeline.skip_values(source, stats, Skipping()) == {}
+    assert skip_values(source, stats, Skipping()) == {}
     none = skip.ratio_thresholds(stats, 0.0)
     assert none.share == none.kl == 0 and not any(none.limit_L.values()) and not any(none.protect_norm_L.values())
 
@@ -132,9 +133,9 @@ def test_the_runtime_skips_the_share(
     stats = pipeline.calibrated(source, calibration, tmp_path, n_threads=2)
     # in the last layer, where few tokens are left, prompts skip nothing
     stats = dataclasses.replace(stats, layers={0: stats.layers[0]})
-    values = pipeline.skip_values(source, stats, skipping)
+    values = skip_values(source, stats, skipping)
 
-    def write(name: str, values: pipeline.KeyValues) -> Path:
+    def write(name: str, values: KeyValues) -> Path:
         plan = plan_uniform(source, QuantType.BF16)
         return write_gguf(source, plan, encode_tensors(plan, 2, lambda *_: None), values, Target(tmp_path / name))[0]
 

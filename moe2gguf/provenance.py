@@ -1,0 +1,73 @@
+"""Key-values of ours in a file: where it comes from, how to make it again, and what the patched runtime is to skip."""
+
+from moe2gguf import __version__
+from moe2gguf.allocate import Allocation
+from moe2gguf.encode_experts import AFFINITIES
+from moe2gguf.gguf_file import KeyValues, ValueType
+from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
+from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
+from moe2gguf.source import Source
+from moe2gguf.stats import CalibrationStats
+
+# bool per layer: whether the file has another router than the checkpoint
+ROUTER_KEY = "moe2gguf.router_calibrated"
+
+
+def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> KeyValues:
+    """What the patched runtime reads: a threshold per layer; 0 where there is none."""
+    values: KeyValues = {}
+
+    def put(name: str, by_layer: dict[int, float]) -> None:
+        numbers = [by_layer.get(layer, 0.0) for layer in range(source.n_layer)]
+        values[f"{source.arch}.expert_skip_{name}"] = (numbers, ValueType.ARRAY, ValueType.FLOAT32)
+
+    def said(name: str, thresholds: Thresholds) -> None:
+        values[f"moe2gguf.{name}.share"] = (thresholds.share, ValueType.FLOAT32, None)
+        values[f"moe2gguf.{name}.kld.predicted"] = (thresholds.kl, ValueType.FLOAT32, None)
+
+    if skipping.share:
+        thresholds = ratio_thresholds(stats, skipping.share)
+        put("ratio", thresholds.limit_L)
+        put("protect_norm", thresholds.protect_norm_L)
+        said("skip", thresholds)
+    if skipping.prompt_share:
+        thresholds = frequency_thresholds(stats, skipping.prompt_share)
+        put("frequency", thresholds.limit_L)
+        said("skip_prompt", thresholds)
+    return values
+
+
+def provenance(
+    source: Source,
+    stats: CalibrationStats,
+    allocation: Allocation,
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
+    skipping: Skipping = NO_SKIPPING,
+) -> KeyValues:
+    """Key-values that say where the file comes from and how to make it again."""
+    string, uint, real = ValueType.STRING, ValueType.UINT32, ValueType.FLOAT32
+    values: KeyValues = {
+        "general.quantized_by": ("moe2gguf", string, None),
+        "moe2gguf.version": (__version__, string, None),
+        "moe2gguf.layout": (allocation.layout, string, None),
+        "moe2gguf.source.name": (source.name, string, None),
+        "moe2gguf.source.sha256": (stats.source_sha256, string, None),
+        "moe2gguf.recipe": (allocation.recipe, string, None),
+        # of one length whatever they say: the size is planned before
+        "moe2gguf.feedback": (quantizer.feedback, ValueType.BOOL, None),
+        "moe2gguf.affinity": (AFFINITIES.index(quantizer.affinity), uint, None),
+        "moe2gguf.seed": (stats.seed, uint, None),
+        "moe2gguf.calibration.digest": (stats.digest, string, None),
+        "moe2gguf.calibration.tokens": (stats.n_tokens, uint, None),
+        "moe2gguf.kld.predicted": (allocation.predicted_kl, real, None),
+        "quantize.imatrix.dataset": (stats.text, string, None),
+        "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
+    }
+    if quantizer.feedback and quantizer.router == "qesc":
+        # known when all is quantised
+        values[ROUTER_KEY] = ([False] * source.n_layer, ValueType.ARRAY, ValueType.BOOL)
+    values |= skip_values(source, stats, skipping)
+    # the Hub's cache keeps a snapshot under its commit
+    if source.path.parent.name == "snapshots":
+        values["moe2gguf.source.commit"] = (source.path.name, string, None)
+    return values

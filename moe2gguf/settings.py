@@ -1,0 +1,64 @@
+"""What a conversion is asked for."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from moe2gguf.allocate import MAX_GROUPS
+from moe2gguf.encode_experts import AFFINITY
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.ggml import QuantType
+from moe2gguf.skip import Skipping
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How to calibrate."""
+
+    text_paths: tuple[Path, ...] = ()  # empty: the model writes its own text
+    writer: str = "sample"  # how it does: "sample" | "ebss"
+    n_sequences: int = 128
+    sequence_tokens: int = 512
+    n_probe_tokens: int = 4096
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Exactly one of the two."""
+
+    bits: float | None = None  # stored bits of all tensors per parameter
+    size_bytes: int | None = None  # of the whole file
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.size_bytes is None):
+            raise Moe2ggufError("give either --bits or --size")
+
+    def describe(self) -> str:
+        return f"{self.bits:g} bits per weight" if self.bits is not None else f"{self.size_bytes:,} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the allocation may choose from."""
+
+    layout: str = "grouped"  # "grouped" | "stock"
+    max_groups: int = MAX_GROUPS
+    types: tuple[QuantType, ...] | None = None
+    overrides: tuple[tuple[str, QuantType], ...] = ()
+    allocator: str = "global"  # a key of ALLOCATORS
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How the experts' bytes are found."""
+
+    feedback: bool = True  # False: ggml's encoder alone
+    affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    router: str = "qesc"  # "none" leaves routers as they are
+
+
+DEFAULT_QUANTIZER = Quantizer()
+NO_SKIPPING = Skipping()

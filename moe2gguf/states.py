@@ -1,0 +1,67 @@
+"""Hidden states of many streams: in memory up to a limit, the rest in files of a scratch folder.
+
+Shapes: S sequences, L tokens of each, D hidden.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+SCRATCH_PREFIX = "streams-"
+
+Key = TypeVar("Key")
+
+
+class States(Generic[Key]):
+    """f32 (S, L, D) by key, all of one shape. The files go with the object, or at the latest with the process."""
+
+    def __init__(self, limit_bytes: int, scratch_folder: Path):
+        self._limit_bytes, self._scratch_folder = limit_bytes, scratch_folder
+        self._in_memory: dict[Key, torch.Tensor] = {}
+        self._on_disk: dict[Key, Path] = {}
+        self._shape: torch.Size | None = None
+        self._folder: TemporaryDirectory | None = None
+
+    def __len__(self) -> int:
+        return len(self._in_memory) + len(self._on_disk)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter([*self._in_memory, *self._on_disk])
+
+    def __setitem__(self, key: Key, state_SLD: torch.Tensor) -> None:
+        self._shape = state_SLD.shape
+        is_new = key not in self._on_disk
+        if is_new and (len(self._in_memory | {key: None})) * state_SLD.nbytes <= self._limit_bytes:
+            self._in_memory[key] = state_SLD
+            return
+        if self._folder is None:
+            self._folder = TemporaryDirectory(dir=self._scratch_folder, prefix=SCRATCH_PREFIX)
+        path = self._on_disk.setdefault(key, Path(self._folder.name) / f"{len(self._on_disk)}.f32")
+        state_SLD.contiguous().numpy().tofile(path)
+
+    def __getitem__(self, key: Key) -> torch.Tensor:
+        if key in self._in_memory:
+            return self._in_memory[key]
+        assert self._shape is not None
+        return torch.from_numpy(np.fromfile(self._on_disk[key], np.float32)).view(self._shape)
+
+    def part(self, key: Key, sequence: int, tokens: slice) -> torch.Tensor:
+        """f32 (1, tokens, D)"""
+        if key in self._in_memory:
+            return self._in_memory[key][sequence : sequence + 1, tokens]
+        assert self._shape is not None
+        _, length, width = self._shape
+        first, n = tokens.start, tokens.stop - tokens.start
+        with open(self._on_disk[key], "rb") as file:
+            file.seek((sequence * length + first) * width * 4, os.SEEK_SET)
+            values = np.fromfile(file, np.float32, n * width)
+        return torch.from_numpy(values).view(1, n, width)
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()

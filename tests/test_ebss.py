@@ -1,0 +1,116 @@
+"""Expert-balanced self-sampling: what it hears of the routers, that it is more even, and what it rejects."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe2gguf import ebss, pipeline
+from moe2gguf.capture import LayerCapture
+from moe2gguf.ebss import balance, balanced_text, is_repetitive
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.experts import find_experts
+from moe2gguf.llama import captured_log, open_model
+from moe2gguf.sample import decode
+from moe2gguf.source import open_source
+from moe2gguf.stream import LayerStream
+
+N_EXPERTS, TOP_K = 6, 3
+
+pytestmark = pytest.mark.usefixtures("needs_runtime")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Callable[..., Path]) -> Path:
+    return tiny("qwen3_moe", top_k=TOP_K)
+
+
+@pytest.fixture(scope="module")
+def writer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.write_float(folder, tmp_path_factory.mktemp("ebss") / "float.gguf", ftype="f32")
+
+
+def write(writer: Path, n_sequences: int = 6, seed: int = 0, **options: Any) -> ebss.Balanced:
+    return balanced_text(
+        writer, n_sequences, 40, n_experts=N_EXPERTS, n_selected=TOP_K, kv_bytes_per_token=4096, n_threads=1, seed=seed,
+        progress=lambda *_: None, **options,
+    )  # fmt: skip
+
+
+def test_sigma_is_the_papers() -> None:
+    even, one = np.full((2, 4), 5), np.array([[8, 0, 0, 0]])
+    assert balance(even) == 0
+    # shares 1, 0, 0, 0 around a quarter: sqrt((9/16 + 3/16) / 3)
+    assert balance(one) == pytest.approx(0.5)
+    assert balance(np.stack([even, even * 0 + [[1, 0, 0, 0]] * 2])).tolist() == pytest.approx([0, 0.5])
+
+
+def test_repetitions_are_told() -> None:
+    assert is_repetitive(np.tile([1, 2, 3], 50)) and is_repetitive(np.zeros(40, int))
+    assert not is_repetitive(np.arange(100)) and not is_repetitive(np.zeros(5, int))
+
+
+@torch.inference_mode()
+def test_selections_are_the_models(folder: Path, writer: Path) -> None:
+    """Of two sequences side by side, position by position, against transformers."""
+    tokens_SL = np.random.default_rng(0).integers(0, 300, (2, 12))
+    heard = ebss._Selections(TOP_K)
+    counts_SLE: Any = 0
+    with (
+        captured_log() as errors,
+        open_model(
+            writer, errors, sequence_tokens=16, n_batch=2, n_sequences=2, n_threads=1, observe=heard.callback
+        ) as model,
+    ):
+        for position in range(12):
+            decode(model, tokens_SL[:, position], np.arange(2), position)
+            counts_SLE = counts_SLE + heard.counts(N_EXPERTS)
+    stream = LayerStream(folder)
+    hidden_SLD = stream.embed(torch.from_numpy(tokens_SL))
+    for index in range(2):
+        with stream.layer(index) as layer:
+            capture = LayerCapture(layer, find_experts(layer))
+            with capture.listening():
+                hidden_SLD = stream.run(index, layer, hidden_SLD)
+        ids_SK = capture.selected().view(2, -1).numpy()
+        expected_SE = (ids_SK[..., None] == np.arange(N_EXPERTS)).sum(1)
+        # a near tie may fall the other way
+        assert np.abs(counts_SLE[:, index] - expected_SE).sum() <= 2
+        assert counts_SLE[:, index].sum() == 2 * 12 * TOP_K
+
+
+def test_text_is_more_even_than_plain_samples(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    balanced = write(writer, n_sequences=12)
+    assert balanced.text.tokens_SL.shape == (12, 40) and balanced.n_rejected == 0
+    assert len({*balanced.text.tokens_SL[:, 0].tolist()}) == 1 and len({*balanced.text.tokens_SL[:, 1].tolist()}) > 1
+    monkeypatch.setattr(ebss._Beams, "_best_G", lambda self: np.zeros(self.n_groups, int))
+    plain = write(writer, n_sequences=12)
+    assert balanced.balance < 0.8 * plain.balance
+
+
+def test_seeds_decide(writer: Path) -> None:
+    first, again, other = write(writer), write(writer), write(writer, seed=1)
+    assert np.array_equal(first.text.tokens_SL, again.text.tokens_SL)
+    assert not np.array_equal(first.text.tokens_SL, other.text.tokens_SL)
+
+
+def test_what_repeats_itself_is_written_again(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([True, False, True, *[False] * 10])
+    monkeypatch.setattr(ebss, "is_repetitive", lambda _: next(verdicts))
+    found = write(writer, n_sequences=4)
+    assert found.n_rejected == 2 and len(found.text.tokens_SL) == 4
+    monkeypatch.setattr(ebss, "is_repetitive", lambda _: True)
+    with pytest.raises(Moe2ggufError, match="repeat themselves; calibrate on --text FILE"):
+        write(writer, n_sequences=2)
+
+
+def test_calibrating_on_it(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    calibration = pipeline.Calibration(writer="ebss", n_sequences=4, sequence_tokens=32, n_probe_tokens=32)
+    stats = pipeline.calibrated(open_source(folder), calibration, tmp_path, n_threads=2, note=said.append)
+    assert stats.text == "expert-balanced self-sampling" and stats.tokens_SL.shape == (4, 32)
+    assert any("0 texts that the model wrote were rejected" in line for line in said)
+    assert any("uses the experts to within σ = " in line for line in said)

@@ -1,0 +1,34 @@
+"""Hidden states beyond the limit lie on disk, and nobody can tell."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe2gguf.states import States
+from tests.test_calibrate import assert_same, run_calibration
+
+
+@pytest.mark.parametrize("n_in_memory", [0, 2, 5])
+def test_what_is_put_comes_back(n_in_memory: int, tmp_path: Path) -> None:
+    given = {key: torch.randn(3, 8, 4) for key in "abcd"}
+    states = States[str](n_in_memory * 3 * 8 * 4 * 4, tmp_path)
+    for key, state_SLD in given.items():
+        states[key] = torch.zeros_like(state_SLD)
+    assert list(states) == list("abcd") and len(states) == 4
+    for key in states:  # again, while they are gone through
+        states[key] = given[key]
+    assert len([*tmp_path.rglob("*.f32")]) == max(0, 4 - n_in_memory)
+    for key, state_SLD in given.items():
+        assert torch.equal(states[key], state_SLD)
+        assert torch.equal(states.part(key, 1, slice(2, 6)), state_SLD[1:2, 2:6])
+    states.close()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_calibration_is_the_same_from_disk(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny("qwen3_moe")
+    in_memory = run_calibration(folder, 2, 32)
+    monkeypatch.setattr("moe2gguf.probes.BRANCHES_BYTES", 100_000)  # of 17 streams of 32 KiB
+    assert_same(run_calibration(folder, 2, 32), in_memory)
