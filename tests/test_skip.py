@@ -21,6 +21,7 @@ from moe2gguf.skip import BINS, PROTECTING_QUANTILES, Skipping
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats
 from moe2gguf.stream import LayerStream
+from tests.conftest import cheap_measurements
 
 TOP_K = 3
 
@@ -130,7 +131,8 @@ def test_the_runtime_skips_the_share(
     monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
     source = open_source(tiny(model_type, top_k=TOP_K))
     calibration = pipeline.Calibration((small_text,), n_sequences=8, sequence_tokens=32, n_probe_tokens=64)
-    stats = pipeline.calibrated(source, calibration, tmp_path, n_threads=2)
+    with cheap_measurements():
+        stats = pipeline.calibrated(source, calibration, tmp_path, n_threads=2)
     # in the last layer, where few tokens are left, prompts skip nothing
     stats = dataclasses.replace(stats, layers={0: stats.layers[0]})
     values = skip_values(source, stats, skipping)
