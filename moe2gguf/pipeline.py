@@ -416,7 +416,7 @@ def _calibration_text(
                 seed=calibration.seed,
                 progress=lambda done, total: progress("the model writes balanced calibration text", done, total),
             )
-            note(f"{balanced.n_rejected} texts that the model wrote were rejected: they repeat themselves")
+            note(f"self-sampled texts rejected because they repeat themselves: {balanced.n_rejected}")
             return balanced.text
         return sample_text(
             writer,

@@ -114,5 +114,5 @@ def test_calibrating_on_it(folder: Path, tmp_path: Path) -> None:
     with cheap_measurements():
         stats = pipeline.calibrated(open_source(folder), calibration, tmp_path, n_threads=2, note=said.append)
     assert stats.text == "expert-balanced self-sampling" and stats.tokens_SL.shape == (4, 32)
-    assert any("0 texts that the model wrote were rejected" in line for line in said)
+    assert any("because they repeat themselves: 0" in line for line in said)
     assert any("uses the experts to within σ = " in line for line in said)
