@@ -232,6 +232,13 @@ skip_options = _together(
         help="Share to leave out in prompts, of experts that the prompt seldom selects  [default: none].",
     ),
 )
+prune_option = click.option(
+    "--prune-experts",
+    "prune_share",
+    type=_share,
+    default=0.0,
+    help="Share of each layer's experts to leave out of the file for good, those that matter least  [default: none].",
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
 
 
@@ -316,6 +323,7 @@ def _note(text: str) -> None:
 @calibration_options
 @quantizer_options
 @skip_options
+@prune_option
 @output_options
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -336,6 +344,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             budget,
             choice,
             _calibration(options),
+            prune_share=options["prune_share"],
             work_folder=options["work_folder"],
             pre_tokenizer=options["pre_tokenizer"],
             model_name=options["model_name"],
@@ -357,6 +366,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             calibration=_calibration(options),
             quantizer=_quantizer(options),
             skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
+            prune_share=options["prune_share"],
             work_folder=options["work_folder"],
             split_max_bytes=options["split_max_size"],
             split_max_tensors=options["split_max_tensors"],
@@ -386,6 +396,30 @@ def _open(model: str, options: dict[str, Any]):
         model_name=options.get("model_name"),
         metadata_file=options.get("metadata"),
     )
+
+
+@main.command()
+@model_options
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--share", type=_share, required=True, help="Of each layer's experts, those that matter least.")
+@calibration_options
+@threads_option
+def prune(model: str, folder: Path, share: float, **options: Any) -> None:
+    """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
+    from moe2gguf import pipeline
+
+    source, calibration = _open(model, options), _calibration(options)
+    with progress_display() as progress:
+        text = pipeline.text_of(
+            source,
+            calibration,
+            options["work_folder"] or folder.parent,
+            options["threads"] or available_cores(),
+            progress,
+            _note,
+        )
+        pipeline.prune(source, share, folder, pipeline.request_digest(source, calibration), text, progress, _note)
+    click.echo(folder)
 
 
 @main.command()

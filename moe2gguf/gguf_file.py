@@ -57,8 +57,13 @@ def check_target(target: Target, n_bytes: int) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --outfile") from error
+    check_space(folder, target.path.name, n_bytes)
+
+
+def check_space(folder: Path, name: str, n_bytes: int) -> None:
+    """Raises OutputError where the folder's disk cannot take so many bytes more."""
     if (free := shutil.disk_usage(folder).free) < n_bytes:
-        raise OutputError(f"{folder} has {free:,} bytes free, {target.path.name} needs {n_bytes:,}; make room there")
+        raise OutputError(f"{folder} has {free:,} bytes free, {name} needs {n_bytes:,}; make room there")
 
 
 def _existing(path: Path) -> Path | None:

@@ -4,6 +4,7 @@ source -> calibrate -> cost table -> allocate -> quantise -> GGUF
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -27,6 +28,7 @@ from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_
 from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
 from moe2gguf.provenance import ROUTER_KEY, provenance
+from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
@@ -79,6 +81,7 @@ def convert(
     calibration: Calibration | None = None,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
     skipping: Skipping = NO_SKIPPING,
+    prune_share: float = 0.0,
     work_folder: Path | None = None,
     split_max_bytes: int = 0,
     split_max_tensors: int = 0,
@@ -94,16 +97,22 @@ def convert(
     threads = n_threads or available_cores()
     budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator)
     calibration = calibration or Calibration()
-    source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
-    target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
-    work = work_folder or work_folder_for(source, target.path)
-    # a budget out of reach and a target that cannot be written are found before the hours of work
-    provisional, _ = fit_budget(
-        source, None, cost_table(source, None, layout=layout, types=types, overrides=overrides), budget, choice
+    opened = functools.partial(
+        open_source, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file
     )
-    check_target(target, provisional.tensor_bytes)
+    source = opened(model)
+    work = work_folder or work_folder_for(source, outfile_for(source, outfile, budget))
+    text = text_of(source, calibration, work, threads, progress, note)
+    # a budget out of reach and a target that cannot be written are found before the hours of work
+    if prune_share:
+        provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
+        folder = pruned_folder(source, prune_share, work)
+        prune(source, prune_share, folder, request_digest(source, calibration), text, progress, note)
+        source, work = opened(folder), folder.parent
+    target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
+    check_target(target, provisional_allocation(source, budget, choice).tensor_bytes)
 
-    stats = calibrated(source, calibration, work, n_threads=threads, progress=progress, note=note)
+    stats = calibrated(source, calibration, work, n_threads=threads, text=text, progress=progress, note=note)
     table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
     allocation, plan = fit_budget(source, stats, table, budget, choice, skipping)
     report_allocation(source, table, stats, allocation, choice, note)
@@ -238,10 +247,12 @@ def calibrated(
     work: Path,
     *,
     n_threads: int,
+    text: Callable[[], CalibrationText] | None = None,
     progress: Progress = no_progress,
     note: Note = no_note,
 ) -> CalibrationStats:
-    """The statistics in `work` if they answer the same request, else new ones, saved there."""
+    """The statistics in `work` if they answer the same request, else new ones, saved there. `text` is asked for the
+    calibration text where another model is to write it."""
     path = work / "stats.safetensors"
     if (stats := statistics_at_hand(source, calibration, work)) is not None:
         note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
@@ -254,18 +265,18 @@ def calibrated(
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
     for left_behind in work.glob(f"{SCRATCH_PREFIX}*"):  # by a run that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
-    text = _calibration_text(source, calibration, work, n_threads, progress, note)
+    found = (text or text_of(source, calibration, work, n_threads, progress, note))()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     (work / "calibration.txt").write_text(
-        "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in text.tokens_SL),
+        "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in found.tokens_SL),
         encoding="utf-8",
     )
     stats = calibrate(
         LayerStream(source.path),
-        text,
+        found,
         CANDIDATES,
         source_sha256=source_digest(source),
-        request=_request(source, calibration),
+        request=request_digest(source, calibration),
         n_probe_tokens=calibration.n_probe_tokens,
         n_threads=n_threads,
         seed=calibration.seed,
@@ -282,7 +293,13 @@ def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> 
     """The statistics in `work`, if there are any and they answer this request."""
     path = work / "stats.safetensors"
     stats = load_stats(path) if path.exists() else None
-    return stats if stats is not None and stats.request == _request(source, calibration) else None
+    return stats if stats is not None and stats.request == request_digest(source, calibration) else None
+
+
+def provisional_allocation(source: Source, budget: Budget, choice: Choice) -> Allocation:
+    """What fits the budget where all weights count alike. Raises BudgetError where nothing does."""
+    table = cost_table(source, None, layout=choice.layout, types=choice.types, overrides=choice.overrides)
+    return fit_budget(source, None, table, budget, choice)[0]
 
 
 def fit_budget(
@@ -391,6 +408,13 @@ def work_folder_for(source: Source, target: Path) -> Path:
     return target.parent / f"{source.path.name}.moe2gguf"
 
 
+def text_of(
+    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
+) -> Callable[[], CalibrationText]:
+    """The calibration text, read or written by the model when it is first asked for."""
+    return functools.cache(lambda: _calibration_text(source, calibration, work, n_threads, progress, note))
+
+
 def _calibration_text(
     source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
 ) -> CalibrationText:
@@ -451,7 +475,7 @@ def _write_uniform(source: Source, quant_type: QuantType, outfile: Path, n_threa
     return _write(source, plan, {}, target, n_threads, progress)[0]
 
 
-def _request(source: Source, calibration: Calibration) -> str:
+def request_digest(source: Source, calibration: Calibration) -> str:
     """sha256 over everything the statistics depend on."""
     digest = hashlib.sha256(f"{__version__} {source_digest(source)} {[t.name for t in CANDIDATES]}".encode())
     for path in calibration.text_paths:

@@ -32,6 +32,7 @@ from moe2gguf.pipeline import (
     work_folder_for,
 )
 from moe2gguf.probes import BRANCHES_BYTES, EXPERT_PROBE_TYPES
+from moe2gguf.prune import n_kept, shrunk
 from moe2gguf.router import DAMPINGS, HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
 from moe2gguf.source import Source, expert_axis, layer_of, open_source
 
@@ -78,6 +79,7 @@ def make_plan(
     choice: Choice,
     calibration: Calibration,
     *,
+    prune_share: float = 0.0,
     work_folder: Path | None,
     pre_tokenizer: str | None,
     model_name: str | None = None,
@@ -86,7 +88,12 @@ def make_plan(
     """Uses the statistics at hand if they fit the request, and says whether it did."""
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = outfile_for(source, outfile, budget)
-    stats = statistics_at_hand(source, calibration, work_folder or work_folder_for(source, target))
+    work = work_folder or work_folder_for(source, target)
+    unpruned_params = source.n_params
+    if prune_share:
+        source = shrunk(source, n_kept(source, prune_share))
+    # those of a pruned model are for another checkpoint, which need not be there yet
+    stats = None if prune_share else statistics_at_hand(source, calibration, work)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     allocation, _ = fit_budget(source, stats, table, budget, choice)
     matrix_flops, encode_rate = _speeds()
@@ -97,8 +104,8 @@ def make_plan(
         + 4 * len({u.layer for u in table.units if u.expert is not None})
     )
     active = _active_params(source)
-    # a branch runs through half of the layers on average
-    forward_flops = 2 * active * (n_tokens * 2 + n_branches * calibration.n_probe_tokens / 2)
+    # a branch runs through half of the layers on average; what is to be pruned takes another pass
+    forward_flops = 2 * active * (n_tokens * (3 if prune_share else 2) + n_branches * calibration.n_probe_tokens / 2)
     head = 2 * prod(source.tensor("token_embd.weight").shape) * n_branches * calibration.n_probe_tokens
     encoded = (
         len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
@@ -155,7 +162,9 @@ def make_plan(
         # before: what of the probes is too much for memory; after: experts until the file is written
         disk_bytes=allocation.tensor_bytes
         + max(sum(role.n_bytes for role in roles if role.role == "expert"), branches_bytes - BRANCHES_BYTES)
-        + (0 if stats is not None or calibration.text_paths else int(source.n_params * 8.5 / 8)),
+        + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
+        # the pruned checkpoint, in 16 bits
+        + (2 * source.n_params if prune_share else 0),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
         # error feedback takes about as long as ggml's encoder; the text passes three times, and three for the routers
         quantise_seconds=1.5 * source.n_params / encode_rate

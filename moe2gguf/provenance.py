@@ -4,6 +4,7 @@ from moe2gguf import __version__
 from moe2gguf.allocate import Allocation
 from moe2gguf.encode_experts import AFFINITIES
 from moe2gguf.gguf_file import KeyValues, ValueType
+from moe2gguf.prune import RECORD
 from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
 from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
 from moe2gguf.source import Source
@@ -67,6 +68,10 @@ def provenance(
         # known when all is quantised
         values[ROUTER_KEY] = ([False] * source.n_layer, ValueType.ARRAY, ValueType.BOOL)
     values |= skip_values(source, stats, skipping)
+    if pruning := source.hparams.get(RECORD):
+        values["moe2gguf.pruned_from.sha256"] = (pruning["source_sha256"], string, None)
+        for layer, experts in pruning["kept_experts"].items():
+            values[f"moe2gguf.kept_experts.{layer}"] = (experts, ValueType.ARRAY, ValueType.INT32)
     # the Hub's cache keeps a snapshot under its commit
     if source.path.parent.name == "snapshots":
         values["moe2gguf.source.commit"] = (source.path.name, string, None)

@@ -58,13 +58,13 @@ class _StandIn(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shards:
+class Shards:
     """Where each checkpoint tensor lives."""
 
     file_of: dict[str, Path]
 
     @classmethod
-    def of(cls, folder: Path) -> "_Shards":
+    def of(cls, folder: Path) -> "Shards":
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -108,7 +108,7 @@ class LayerStream:
         self.config = config
         self.layers: list[nn.Module] = list(self.model.model.layers)
         self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
-        self._shards = _Shards.of(folder)
+        self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
         self._names_by_layer, self._other_names = self._group_names()
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
