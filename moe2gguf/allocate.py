@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -338,14 +339,24 @@ def _fill(choice_U: np.ndarray, cost_UJ: np.ndarray, bytes_UJ: np.ndarray, avail
         choice_U[u] = j
 
 
-def save_allocation(allocation: Allocation, path: Path) -> None:
-    """JSON, written aside and renamed."""
+def to_json(allocation: Allocation) -> dict[str, Any]:
     content = dataclasses.asdict(allocation)
     for field in ("types", "fixed"):
         content[field] = {name: t.name for name, t in getattr(allocation, field).items()}
+    return content
+
+
+def from_json(content: dict[str, Any]) -> Allocation:
+    """Raises KeyError, TypeError or AttributeError for what to_json did not make."""
+    types = {field: {name: QuantType[t] for name, t in content[field].items()} for field in ("types", "fixed")}
+    return Allocation(**(content | types))
+
+
+def save_allocation(allocation: Allocation, path: Path) -> None:
+    """JSON, written aside and renamed."""
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
+        aside.write_text(json.dumps(to_json(allocation), indent=1) + "\n")
         os.replace(aside, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; choose another --outfile") from error
@@ -353,9 +364,6 @@ def save_allocation(allocation: Allocation, path: Path) -> None:
 
 def load_allocation(path: Path) -> Allocation:
     try:
-        content = json.loads(path.read_text())
-        for field in ("types", "fixed"):
-            content[field] = {name: QuantType[t] for name, t in content[field].items()}
-        return Allocation(**content)
+        return from_json(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Moe2ggufError(f"{path} is not an allocation of `moe2gguf allocate` ({error})") from error

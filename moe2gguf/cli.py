@@ -19,6 +19,12 @@ from moe2gguf.runtime.command import runtime
 
 console = Console()
 
+# what may be said to `convert` along with a recipe to replay
+BESIDE_A_RECIPE = {
+    *("model", "recipe_path", "text_paths", "work_folder", "device", "threads", "dry_run"),
+    *("outfile", "split_max_size", "split_max_tensors", "force", "model_name", "metadata", "pre_tokenizer"),
+}
+
 
 class _Group(click.Group):
     """Prints a user's mistake as one sentence, exit code 1. Usage errors are click's, exit code 2."""
@@ -239,6 +245,12 @@ prune_option = click.option(
     default=0.0,
     help="Share of each layer's experts to leave out of the file for good, those that matter least  [default: none].",
 )
+recipe_option = click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A recipe to replay, which decides everything; if it is not there, the file to save this one's to.",
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads  [default: all cores].")
 
 
@@ -324,17 +336,28 @@ def _note(text: str) -> None:
 @quantizer_options
 @skip_options
 @prune_option
+@recipe_option
 @output_options
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-def convert(model: str, dry_run: bool, **options: Any) -> None:
+@click.pass_context
+def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path | None, **options: Any) -> None:
     """Convert MODEL to a GGUF of the given bits or size: all stages in one go.
 
     Statistics are kept in the work folder, so another budget for the same model takes only the last steps.
     """
     from moe2gguf import pipeline
     from moe2gguf.plan import make_plan, render_plan
+    from moe2gguf.recipe import load_recipe, save_recipe
 
+    recipe = load_recipe(recipe_path) if recipe_path is not None and recipe_path.exists() else None
+    if recipe is not None:
+        for name, parameter in ((parameter.name, parameter) for parameter in context.command.params):
+            given = name is not None and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+            if given and name not in BESIDE_A_RECIPE:
+                raise click.UsageError(f"{parameter.opts[0]} is decided by {recipe_path}; leave one of them out")
+        options["bits"] = round(recipe.allocation.bits_per_weight, 2)
+        options["layout"], options["prune_share"] = recipe.allocation.layout, recipe.prune_share
     budget = _budget(options)
     choice = _choice(options)
     if dry_run:
@@ -367,6 +390,7 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
             quantizer=_quantizer(options),
             skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
             prune_share=options["prune_share"],
+            recipe=recipe,
             work_folder=options["work_folder"],
             split_max_bytes=options["split_max_size"],
             split_max_tensors=options["split_max_tensors"],
@@ -385,6 +409,9 @@ def convert(model: str, dry_run: bool, **options: Any) -> None:
     )
     for path in result.paths:
         click.echo(f"{path}  {path.stat().st_size:,} bytes")
+    if recipe_path is not None and recipe is None:
+        save_recipe(result.recipe, recipe_path)
+        click.echo(recipe_path)
 
 
 def _open(model: str, options: dict[str, Any]):

@@ -30,6 +30,7 @@ from moe2gguf.llama import available_cores
 from moe2gguf.provenance import ROUTER_KEY, provenance
 from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
+from moe2gguf.recipe import Recipe
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
 from moe2gguf.sample import sample_text
@@ -61,6 +62,7 @@ class ConvertResult:
     outcomes: tuple[Outcome, ...]  # of error feedback, empty without
     stats_path: Path
     calibration_text: Path
+    recipe: Recipe
 
     @property
     def path(self) -> Path:
@@ -82,6 +84,7 @@ def convert(
     quantizer: Quantizer = DEFAULT_QUANTIZER,
     skipping: Skipping = NO_SKIPPING,
     prune_share: float = 0.0,
+    recipe: Recipe | None = None,
     work_folder: Path | None = None,
     split_max_bytes: int = 0,
     split_max_tensors: int = 0,
@@ -93,10 +96,16 @@ def convert(
     progress: Progress = no_progress,
     note: Note = no_note,
 ) -> ConvertResult:
-    """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit."""
+    """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit. A recipe
+    decides everything else but the device and where its text lies."""
     threads = n_threads or available_cores()
-    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator)
     calibration = calibration or Calibration()
+    if recipe is not None:
+        calibration = recipe.calibration_on(calibration.text_paths)
+        quantizer = dataclasses.replace(recipe.quantizer, device=quantizer.device)
+        skipping, prune_share = recipe.skipping, recipe.prune_share
+        bits, size_bytes, layout = round(recipe.allocation.bits_per_weight, 2), None, recipe.allocation.layout
+    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator)
     opened = functools.partial(
         open_source, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file
     )
@@ -105,21 +114,30 @@ def convert(
     text = text_of(source, calibration, work, threads, progress, note)
     # a budget out of reach and a target that cannot be written are found before the hours of work
     if prune_share:
-        provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
+        if recipe is None:
+            provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
         folder = pruned_folder(source, prune_share, work)
         prune(source, prune_share, folder, request_digest(source, calibration), text, progress, note)
         source, work = opened(folder), folder.parent
     target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
-    check_target(target, provisional_allocation(source, budget, choice).tensor_bytes)
+    provisional = provisional_allocation(source, budget, choice) if recipe is None else recipe.allocation
+    check_belongs(source, provisional)
+    check_target(target, provisional.tensor_bytes)
 
     stats = calibrated(source, calibration, work, n_threads=threads, text=text, progress=progress, note=note)
     table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
-    allocation, plan = fit_budget(source, stats, table, budget, choice, skipping)
-    report_allocation(source, table, stats, allocation, choice, note)
-    assert plan is not None
+    if recipe is None:
+        allocation, plan = fit_budget(source, stats, table, budget, choice, skipping)
+        report_allocation(source, table, stats, allocation, choice, note)
+        assert plan is not None
+    else:
+        if another := recipe.check_text(stats):
+            note(another)
+        allocation, plan = recipe.allocation, plan_file(source, table, recipe.allocation, stats)
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
     paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
-    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt")
+    recipe = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
+    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt", recipe)
 
 
 def write_allocation(
@@ -138,13 +156,8 @@ def write_allocation(
 ) -> tuple[Path, ...]:
     """The file of an allocation made before. What is quantised before a crash is kept in work_folder  [default: the
     target's]. With an importance matrix from elsewhere, ggml's encoder and that take the place of error feedback."""
+    check_belongs(source, allocation)
     table = cost_table(source, stats, layout=allocation.layout)
-    if (
-        allocation.source_sha256 != source_digest(source)
-        or set(allocation.types) != {unit.name for unit in table.units}
-        or allocation.fixed.keys() != table.fixed.keys()
-    ):
-        raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
     check_target(target, allocation.tensor_bytes)
     plan = plan_file(source, table, allocation, stats)
     if imatrix is not None:
@@ -153,6 +166,17 @@ def write_allocation(
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
     work = work_folder or target.path.parent
     return _quantised(source, stats, plan, quantizer, extra_kv, target, work, n_threads, progress, note)[0]
+
+
+def check_belongs(source: Source, allocation: Allocation) -> None:
+    """Raises Moe2ggufError for an allocation of another model's tensors."""
+    table = cost_table(source, None, layout=allocation.layout)
+    if (
+        allocation.source_sha256 != source_digest(source)
+        or set(allocation.types) != {unit.name for unit in table.units}
+        or allocation.fixed.keys() != table.fixed.keys()
+    ):
+        raise Moe2ggufError(f"the allocation belongs to another model than {source.path}; allocate again")
 
 
 def _quantised(

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What each part is worth: mean KL divergence at equal bytes by allocator, with and without router calibration.
+"""What each part is worth: mean KL divergence at equal bytes, with one part at a time changed from the default.
 
-    python scripts/ablation.py demo out/ --calibration-text FILE … [--text FILE …] [--bits 2.06,2.54,3.03]
+    python scripts/ablation.py demo out/ --calibration-text FILE … [--other-text FILE] [--text FILE …] [--bits 2.54]
 
-All conversions share their statistics and are measured on the same tokens, each text by itself.
+All conversions of one calibration share its statistics, and all are measured on the same tokens, each text by itself. A
+conversion that is there is not made again.
 """
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -13,15 +15,32 @@ import click
 from moe2gguf import pipeline
 from moe2gguf.evaluate import evaluate, held_out_text
 from moe2gguf.llama import available_cores
-from moe2gguf.pipeline import Quantizer
+from moe2gguf.pipeline import Calibration, Quantizer
 
-# layout, allocator, router
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    allocator: str = "global"
+    calibrated_on: str = "text"  # "text" | "other" | "sample" | "ebss"
+    affinity: str = "gate"
+    router: str = "qesc"
+    layout: str = "grouped"
+    feedback: bool = True
+
+
+DEFAULT = Variant()
 VARIANTS = (
-    ("grouped", "uniform", "none"),
-    ("grouped", "pmq", "none"),
-    ("grouped", "global", "none"),
-    ("grouped", "global", "qesc"),
-    ("stock", "global", "qesc"),
+    Variant("uniform", router="none"),
+    Variant("pmq", router="none"),
+    Variant(router="none"),
+    DEFAULT,
+    Variant(calibrated_on="sample"),
+    Variant(calibrated_on="ebss"),
+    Variant(calibrated_on="other"),
+    Variant(affinity="none"),
+    Variant(affinity="gate2"),
+    Variant(router="none", feedback=False),
+    Variant(layout="stock"),
 )
 
 
@@ -29,39 +48,56 @@ VARIANTS = (
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--calibration-text", type=click.Path(exists=True, path_type=Path), multiple=True)
+@click.option("--other-text", type=click.Path(exists=True, path_type=Path), multiple=True, help="Of another domain.")
 @click.option("--text", type=click.Path(exists=True, path_type=Path), multiple=True, help="[default: CPython's own]")
-@click.option("--bits", default="2.06,2.54,3.03", show_default=True)
+@click.option("--bits", default="2.06,2.3,2.54,3.03,3.5", show_default=True)
 @click.option("--chunks", default=16, show_default=True, help="Of 512 tokens, of each text.")
 def main(
-    model: str, folder: Path, calibration_text: tuple[Path, ...], text: tuple[Path, ...], bits: str, chunks: int
+    model: str,
+    folder: Path,
+    calibration_text: tuple[Path, ...],
+    other_text: tuple[Path, ...],
+    text: tuple[Path, ...],
+    bits: str,
+    chunks: int,
 ) -> None:
     texts = {path.stem: path.read_text(encoding="utf-8") for path in text} or {"CPython": held_out_text(chunks * 3000)}
+    calibrations = {
+        "text": Calibration(text_paths=calibration_text),
+        "other": Calibration(text_paths=other_text),
+        "sample": Calibration(writer="sample"),
+        "ebss": Calibration(writer="ebss"),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     base = pipeline.write_float(model, folder / "base.gguf")
+    names = [field.name.replace("_", " ") for field in dataclasses.fields(Variant)]
     heads = "".join(f" {name}: KLD | perplexity | same top |" for name in texts)
-    click.echo(f"| bpw | layout | allocator | router |{heads} mean KLD |")
-    click.echo("|---:|---|---|---|" + "---:|" * (3 * len(texts) + 1))
+    click.echo(f"| bits | bytes | {' | '.join(names)} |{heads} mean KLD |")
+    click.echo("|---:|---:|" + "---|" * len(names) + "---:|" * (3 * len(texts) + 1))
     for wanted in (float(x) for x in bits.split(",")):
-        for layout, allocator, router in VARIANTS:
-            result = pipeline.convert(
-                model,
-                folder / f"{wanted:g}-{layout}-{allocator}-{router}.gguf",
-                bits=wanted,
-                layout=layout,
-                allocator=allocator,
-                quantizer=Quantizer(router=router),
-                calibration=pipeline.Calibration(text_paths=calibration_text),
-                work_folder=folder / "work",
-                overwrite=True,
-            )
+        for variant in VARIANTS:
+            if variant.calibrated_on == "other" and not other_text:
+                continue
+            values = [str(value) for value in vars(variant).values()]
+            path = folder / f"{wanted:g}-{'-'.join(values)}.gguf"
+            if not path.exists():
+                pipeline.convert(
+                    model,
+                    path,
+                    bits=wanted,
+                    layout=variant.layout,
+                    allocator=variant.allocator,
+                    quantizer=Quantizer(feedback=variant.feedback, affinity=variant.affinity, router=variant.router),
+                    calibration=calibrations[variant.calibrated_on],
+                    work_folder=folder / f"calibrated-on-{variant.calibrated_on}",
+                )
             found = [
-                evaluate(base, [result.path], part, max_chunks=chunks, n_threads=available_cores())[0]
+                evaluate(base, [path], part, max_chunks=chunks, n_threads=available_cores())[0]
                 for part in texts.values()
             ]
             cells = "".join(f" {e.kld_mean:.5f} | {e.perplexity:.3f} | {e.same_top:.1%} |" for e in found)
             mean = sum(e.kld_mean for e in found) / len(found)
-            bpw = result.allocation.bits_per_weight
-            click.echo(f"| {bpw:.3f} | {layout} | {allocator} | {router} |{cells} {mean:.5f} |")
+            click.echo(f"| {wanted:g} | {path.stat().st_size:,} | {' | '.join(values)} |{cells} {mean:.5f} |")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def request(done, small_text) -> list[object]:
 
 # help and usage
 
-COMMANDS = ("convert", "calibrate", "allocate", "quantize", "verify", "inspect", "card", "demo", "runtime")
+COMMANDS = ("convert", "prune", "calibrate", "allocate", "quantize", "verify", "inspect", "card", "demo", "runtime")
 
 
 def test_the_commands_are_these():
