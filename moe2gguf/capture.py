@@ -83,11 +83,23 @@ class LayerCapture:
 
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x f32 (T, D), ids i64 (T, K), gate weights as applied f32 (T, K)."""
-        return torch.cat(self._x), self.selected(), torch.cat(self._gates)
+        return _joined(self._x), self.selected(), _joined(self._gates)
 
     def selected(self) -> torch.Tensor:
         """ids i64 (T, K)"""
-        return torch.cat(self._ids)
+        return _joined(self._ids)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One below the other. Of the list only the result is left, so that no more than one part lies in memory twice."""
+    whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
+    filled = 0
+    while parts:
+        part = parts.pop(0)
+        whole[filled : filled + len(part)] = part
+        filled += len(part)
+    parts.append(whole)
+    return whole
 
 
 def tokens_of(expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

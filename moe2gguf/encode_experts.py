@@ -11,7 +11,7 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,8 +35,11 @@ SAMPLE_ROWS = 32
 HELD_OUT = 4
 MAX_HELD_OUT_TOKENS = 1024
 LAYER_SAMPLE_TOKENS = 512
-# f64 matrices of one chunk of experts, several of which live at a time
+# what an expert's second moments are taken of at most
+MAX_EXPERT_TOKENS = 16384
+# of a chunk of experts, several of either live at a time: f64 matrices, and what one matrix of each is given in f32
 CHUNK_BYTES = 1 << 27
+CHUNK_INPUT_BYTES = 1 << 26
 
 AFFINITIES = ("none", "gate", "gate2")
 AFFINITY = "gate"
@@ -114,8 +117,14 @@ def encode_experts(
                     if index in missing:
                         with found.listening():
                             streams.look()
-                        work = _LayerWork(block, exact, found, tokens_SL.shape[1], affinity, device, pool)
-                        spool.put(index, *work.encode(own, lambda done, total: streams.say("quantise", done, total)))
+                        # no name for it: it must be gone before the next layer's activations come
+                        spool.put(
+                            index,
+                            *_LayerWork(block, exact, found, tokens_SL.shape[1], affinity, device, pool).encode(
+                                own, lambda done, total: streams.say("quantise", done, total)
+                            ),
+                        )
+                    del exact, found
                     put_back(block, own, spool, index)
                 streams.advance(streams.found_SLD)
 
@@ -148,11 +157,8 @@ class _LayerWork:
         blocks: dict[tuple[str, int], np.ndarray] = {}
         outcomes: list[Outcome] = []
         n_experts = self._block.n_experts
-        widest = max(self._found_TD.shape[1], self._block.n_intermediate)
-        chunk = max(1, CHUNK_BYTES // (8 * widest**2))
-        for start in range(0, n_experts, chunk):
-            progress(start, n_experts)
-            experts = range(start, min(start + chunk, n_experts))
+        for experts in self._chunks():
+            progress(experts.start, n_experts)
             inputs = [self._gate_up_inputs(e) for e in experts]
             wanted = {("gate", e): types["gate", e] for e in experts} | {("up", e): types["up", e] for e in experts}
             gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
@@ -173,12 +179,30 @@ class _LayerWork:
             blocks |= {key: block for key, (block, _) in found.items()}
         return blocks, outcomes
 
+    def _chunks(self) -> Iterator[range]:
+        """Experts in turn, as many at a time as CHUNK_BYTES and CHUNK_INPUT_BYTES allow, and one at least."""
+        widest = max(self._found_TD.shape[1], self._block.n_intermediate)
+        n_tokens_E = torch.bincount(self._ids_TK.flatten(), minlength=self._block.n_experts).clamp(
+            max=MAX_EXPERT_TOKENS
+        )
+        start, n_tokens = 0, 0
+        for expert, n_own in enumerate(n_tokens_E.tolist()):
+            n_tokens += n_own + len(self._sample_n)
+            is_full = (expert - start) * 8 * widest**2 >= CHUNK_BYTES or n_tokens * 4 * widest > CHUNK_INPUT_BYTES
+            if expert > start and is_full:
+                yield range(start, expert)
+                start, n_tokens = expert, n_own + len(self._sample_n)
+        yield range(start, self._block.n_experts)
+
     def _weights(self, gates_n: torch.Tensor) -> torch.Tensor:
         return gates_n ** {"none": 0, "gate": 1, "gate2": 2}[self._affinity]
 
     def _gate_up_inputs(self, expert: int) -> Inputs:
         """The expert's own tokens, and so much of the layer's as shrinkage asks."""
         tokens_n, gates_n = tokens_of(expert, self._ids_TK, self._gates_TK)
+        if len(tokens_n) > MAX_EXPERT_TOKENS:  # from all of the text
+            kept_n = torch.linspace(0, len(tokens_n) - 1, MAX_EXPERT_TOKENS).round().long()
+            tokens_n, gates_n = tokens_n[kept_n], gates_n[kept_n]
         own_n = self._weights(gates_n)
         probability_n = self._weights(self._sample_probability_nE[:, expert])
         n_sample = len(self._sample_n)

@@ -18,7 +18,7 @@ from rich.table import Table
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, reachable_bytes
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table
-from moe2gguf.encode_experts import CHUNK_BYTES
+from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
 from moe2gguf.measure import MAX_ERROR_ROWS
@@ -42,6 +42,8 @@ F32_BYTES = 4
 BASE_BYTES = GIB // 2
 # numba and what it compiles
 COMPILER_BYTES = GIB // 6
+# a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
+LOADING = 1.65
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +128,11 @@ def make_plan(
         + 3 * len(DAMPINGS) * source.n_expert * n_columns**3 / 3
         + active * min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     )
+    layer_bytes, outer_bytes = (n * F32_BYTES for n in (_largest_layer_params(source), _outer_params(source)))
+    # what one matrix of an expert is given, and how many experts are quantised at a time
     widest = _widest_expert(source)
-    chunk_share = min(1.0, max(1, CHUNK_BYTES // (8 * widest**2)) / source.n_expert)
+    inputs = source.n_expert_used / source.n_expert * n_tokens * widest * F32_BYTES
+    n_chunk = max(1, min(source.n_expert, CHUNK_BYTES // (8 * widest**2), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return ConversionPlan(
@@ -138,25 +143,17 @@ def make_plan(
         reachable_bytes=reachable_bytes(table),
         roles=roles,
         calibration_ram_bytes=int(
-            BASE_BYTES
-            + 1.5 * _largest_layer_params(source) * F32_BYTES
-            + _outer_params(source) * F32_BYTES
-            + 3 * hidden
-            + min(branches_bytes, BRANCHES_BYTES)
+            BASE_BYTES + outer_bytes + LOADING * layer_bytes + 2 * hidden + min(branches_bytes, BRANCHES_BYTES)
         ),
         quantise_ram_bytes=int(
             BASE_BYTES
             + COMPILER_BYTES
             + max(
                 2 * largest_tensor,
-                1.5 * _largest_layer_params(source) * F32_BYTES
-                + _outer_params(source) * F32_BYTES
-                # two streams and, twice, what the experts are given in each; then what each matrix of a chunk is given
-                # in both, copied while its moments are taken (measured: 2.4 GiB for the bundled model)
-                + 7 * hidden
-                + 10 * chunk_share * source.n_expert_used * n_tokens * widest * F32_BYTES
-                # a chunk's second moments, in f32 and f64, and its factors
-                + 8 * min(source.n_expert * 8 * widest**2, max(CHUNK_BYTES, 8 * widest**2)),
+                outer_bytes + LOADING * layer_bytes + 2 * hidden,
+                # two streams and what the experts are given in each; then what each matrix of a chunk is given in
+                # both, copied while its moments are taken, and those, in f32 and f64, and their factors
+                outer_bytes + layer_bytes + 4 * hidden + n_chunk * (10 * inputs + 8 * 8 * widest**2),
             )
         ),
         # before: what of the probes is too much for memory; after: experts until the file is written

@@ -7,8 +7,9 @@ Shapes: S sequences, L tokens of each, D hidden, E experts, K columns, N rows, V
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,8 @@ SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
 # of hidden states kept in memory; the rest lies on disk
 BRANCHES_BYTES = 1 << 30
+# experts whose weights at a probe type wait for their turn
+IN_FLIGHT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +94,13 @@ class Probes:
         ):
             for quant_type in _fitting(EXPERT_PROBE_TYPES, importance_EK.shape[1]):
                 with _restored(parameter):
-                    jobs = [
-                        self._pool.submit(ggml.round_trip, get(e).numpy(), quant_type, importance_K)
-                        for e, importance_K in enumerate(importance_EK)
-                    ]
-                    for expert, job in enumerate(jobs):
-                        put(expert, torch.from_numpy(job.result()))
+                    jobs: deque[Future[np.ndarray]] = deque()
+                    for expert in range(len(importance_EK) + IN_FLIGHT):
+                        if expert < len(importance_EK):
+                            exact_NK = get(expert).numpy()
+                            jobs.append(self._pool.submit(ggml.round_trip, exact_NK, quant_type, importance_EK[expert]))
+                        if expert >= IN_FLIGHT:
+                            put(expert - IN_FLIGHT, torch.from_numpy(jobs.popleft().result()))
                     name = f"layers.{index}.{projection}"
                     self._branches[name, quant_type] = self._run(index, layer, self._clean_SLD)
 
@@ -143,8 +147,10 @@ def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, 
 
 @contextmanager
 def _restored(weight: torch.Tensor) -> Iterator[None]:
-    """Whatever happens to the weight inside, its exact values come back."""
-    exact = weight.clone()
+    """Whatever happens to the weight inside, its exact values come back: out of 16 bits where those hold them."""
+    exact = weight.bfloat16()
+    if not all(torch.equal(half.float(), whole) for half, whole in zip(exact, weight, strict=True)):
+        exact = weight.clone()
     try:
         yield
     finally:

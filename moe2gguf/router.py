@@ -21,6 +21,7 @@ from moe2gguf import backend, ggml
 from moe2gguf.capture import LayerCapture
 from moe2gguf.probes import mean_kl
 from moe2gguf.spool import Routers, Spool
+from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrices, Progress, Streams, Types, put_back
 
@@ -33,6 +34,8 @@ CHUNK_BYTES = 1 << 27
 # one sequence in so many, but no more tokens, are for judging
 HELD_OUT = 4
 MAX_HELD_OUT_TOKENS = 4096
+# of the trials in memory; the rest goes to disk
+TRIALS_BYTES = 1 << 28
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -138,10 +141,10 @@ def calibrate_routers(
     agreements: list[tuple[float, float]] = []
     with ggml.encoding_threads(n_threads) as pool:
         streams = Streams(stream, tokens_SL, matrices, pool, progress)
-        trials = Trials(streams.found_SLD[held_out_S].clone())
+        trials = Trials(streams.found_SLD[held_out_S].clone(), States(TRIALS_BYTES, spool.folder))
         for index in range(stream.n_layers):
             with streams.layer(index) as (layer, block):
-                exact, found, after = (LayerCapture(layer, block) for _ in range(3))
+                exact, found = LayerCapture(layer, block), LayerCapture(layer, block)
                 with exact.listening():
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
@@ -153,10 +156,12 @@ def calibrate_routers(
                     streams.say("router", 0, 1)
                     n_selected = found_ids_TK.shape[1]
                     best = fit(block.router_ED, exact_TD, found_TD, held_out_T, n_selected, device)
+                    del exact, found, exact_TD, found_TD  # before those of another pass come
                     trials.as_it_was(index, streams.found_SLD[held_out_S], streams.run, best is not None)
                     if best is not None:
                         fits[index] = best
                         block.router_ED.copy_(best.router_ED)
+                after = LayerCapture(layer, block)
                 with after.listening():
                     streams.advance(streams.found_SLD)
                 trials.advance(streams.run)
@@ -166,6 +171,7 @@ def calibrate_routers(
                         for ids_TK in (found_ids_TK, after.selected())
                     )
                     agreements.append((before, now))
+                del after
         exact_HLD = streams.exact_SLD[held_out_S]
         helps, kl_before, kl_after = trials.judge(
             streams.found_SLD[held_out_S], lambda hidden_HLD: mean_kl(stream, exact_HLD, hidden_HLD)
@@ -191,7 +197,7 @@ class Trials:
     """Held-out sequences through the quantised model: with no router calibrated, and with all but one."""
 
     untouched_HLD: torch.Tensor
-    without: dict[int, torch.Tensor] = field(default_factory=dict)
+    without: States[int]
     _next: dict[int, torch.Tensor] = field(default_factory=dict)
     _is_through: bool = False
 
@@ -205,7 +211,10 @@ class Trials:
         """The others through the layer, whose router is calibrated where it is to be."""
         if not self._is_through:
             self.untouched_HLD = run(self.untouched_HLD)
-        self.without = {layer: run(hidden_HLD) for layer, hidden_HLD in self.without.items()} | self._next
+        for layer in self.without:
+            self.without[layer] = run(self.without[layer])
+        for layer, hidden_HLD in self._next.items():
+            self.without[layer] = hidden_HLD
         self._next, self._is_through = {}, False
 
     def judge(self, all_HLD: torch.Tensor, kl: Callable[[torch.Tensor], float]) -> tuple[list[int], float, float]:
@@ -214,7 +223,8 @@ class Trials:
         kl: of hidden states after the last layer, nats per token.
         """
         before, after = kl(self.untouched_HLD), kl(all_HLD)
-        helps = [layer for layer, hidden_HLD in self.without.items() if kl(hidden_HLD) > after]
+        helps = [layer for layer in self.without if kl(self.without[layer]) > after]
+        self.without.close()
         return helps if after < before else [], before, after
 
 

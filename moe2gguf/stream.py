@@ -9,6 +9,7 @@ Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 """
 
 import copy
+import ctypes
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe2gguf.errors import SourceError
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class _StandIn(nn.Module):
@@ -152,10 +155,16 @@ class LayerStream:
             state = _decode_mxfp4(slices) if self._mxfp4 else slices
             # the mapping collects tensors while it works, so each load gets a fresh copy
             load_config = LoadStateDictConfig(
-                dtype=torch.float32, weight_mapping=cast(Any, copy.deepcopy(self._mapping))
+                dtype=torch.float32,
+                dtype_plan={r"\.experts\.": _experts_dtype(state)},
+                weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
             )
             transformers.utils.logging.disable_progress_bar()
             convert_and_load_state_dict_in_model(self.model, state, load_config)
+        for module in self.model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.dtype != torch.float32:
+                    module._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -174,6 +183,7 @@ class LayerStream:
                         module._parameters[name] = nn.Parameter(
                             torch.empty_like(weight, device="meta"), requires_grad=False
                         )
+            _return_freed_memory()
 
     @torch.inference_mode()
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -205,6 +215,12 @@ class LayerStream:
             last.replacement_BLD = None
 
 
+def _return_freed_memory() -> None:
+    """glibc keeps what is freed in pieces of a few MiB, as experts are before they are fused: a layer's size of it."""
+    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
+
+
 def _check(prefix: str, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
@@ -212,6 +228,13 @@ def _check(prefix: str, module: nn.Module) -> None:
         # one reduction, no array of flags: a sum is finite only if all of it is
         if not torch.isfinite(parameter.sum()):
             raise SourceError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is damaged")
+
+
+def _experts_dtype(state: dict[str, Any]) -> torch.dtype:
+    """What fuses them: it takes twice their memory, so 16 bits if all are stored in the same."""
+    experts = [tensor for name, tensor in state.items() if ".experts." in name]
+    found = {t.dtype if isinstance(t, torch.Tensor) else _STORED.get(t.get_dtype(), torch.float32) for t in experts}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def _decode_mxfp4(slices: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moe2gguf.pipeline import DEFAULT_QUANTIZER, Calibration, Quantizer, convert
 from moe2gguf.router import Trials, agreement, calibrate_routers, fit, n_watched
 from moe2gguf.source import open_source
 from moe2gguf.spool import Routers, Spool
+from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import NO_MATRICES
 from moe2gguf.verify import verify_file
@@ -73,15 +74,16 @@ def test_agreement_counts_experts_in_any_order() -> None:
     assert agreement(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[2, 1], [3, 5]])) == 0.75
 
 
-def test_trials_are_runs_with_one_router_as_it_was() -> None:
-    """Layers that add, whose calibrated router adds something else; the second has none, and none helps in the last."""
+def test_trials_are_runs_with_one_router_as_it_was(tmp_path: Path) -> None:
+    """Layers that add, whose calibrated router adds something else; the second has none, and none helps in the last.
+    One trial has room in memory, the others lie on disk."""
     own, calibrated = [1.0, 10.0, 100.0, 1000.0], [2.0, None, 300.0, 500.0]
 
     def by(term: float) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: x * 2 + term
 
     start = torch.ones(1, 1, 1)
-    trials, everything = Trials(start.clone()), start.clone()
+    trials, everything = Trials(start.clone(), States(start.nbytes, tmp_path)), start.clone()
     for layer, (as_it_was, other) in enumerate(zip(own, calibrated, strict=True)):
         trials.as_it_was(layer, everything, by(as_it_was), other is not None)
         trials.advance(by(as_it_was if other is None else other))
@@ -93,7 +95,10 @@ def test_trials_are_runs_with_one_router_as_it_was() -> None:
             x = x * 2 + (as_it_was if other is None or layer in without else other)
         return x
 
-    assert {layer: float(x) for layer, x in trials.without.items()} == {layer: run({layer}) for layer in (0, 2, 3)}
+    assert list(tmp_path.rglob("*.f32"))
+    assert {layer: float(trials.without[layer]) for layer in trials.without} == {
+        layer: run({layer}) for layer in (0, 2, 3)
+    }
     assert float(trials.untouched_HLD) == run({0, 1, 2, 3}) and float(everything) == run(set())
     # as far as possible from zero is best, so the last layer's should go back
     helps, before, after = trials.judge(everything, lambda x: -float(x))
