@@ -15,7 +15,9 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -300,19 +302,20 @@ def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.n
     # lies halfway between two sums of bytes that can occur
     divisor = int(np.gcd.reduce(n_bytes))
     limit = (available // divisor + 0.5) * divisor
-    result = scipy.optimize.milp(
-        cost / (cost.max() or 1),
-        constraints=[
-            scipy.optimize.LinearConstraint(
-                scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(rows), n)), 1, 1
-            ),
-            scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, limit / n_bytes.max()),
-        ],
-        integrality=np.ones(n),
-        bounds=scipy.optimize.Bounds(0, 1),
-        # nodes, not seconds: the same input must give the same bytes on a slower machine
-        options={"presolve": True, "mip_rel_gap": SOLVER_GAP, "node_limit": SOLVER_NODES},
-    )
+    with _silenced():
+        result = scipy.optimize.milp(
+            cost / (cost.max() or 1),
+            constraints=[
+                scipy.optimize.LinearConstraint(
+                    scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(rows), n)), 1, 1
+                ),
+                scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, limit / n_bytes.max()),
+            ],
+            integrality=np.ones(n),
+            bounds=scipy.optimize.Bounds(0, 1),
+            # nodes, not seconds: the same input must give the same bytes on a slower machine
+            options={"presolve": True, "mip_rel_gap": SOLVER_GAP, "node_limit": SOLVER_NODES},
+        )
     if result.x is not None:
         solved_U = found_U.copy()
         picked = result.x > 0.5
@@ -320,6 +323,20 @@ def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.n
         if total(bytes_UJ, solved_U) <= available and total(cost_UJ, solved_U) < total(cost_UJ, found_U):
             return solved_U
     return found_U
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """HiGHS prints a line of its own for some models, whatever it is told; it goes past Python's stdout."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def _fill(choice_U: np.ndarray, cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> None:
