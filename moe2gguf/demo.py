@@ -24,7 +24,7 @@ from moe2gguf.evaluate import Evaluation, evaluate, held_out_text
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.llama import available_cores
 from moe2gguf.llama_tools import importance_matrix
-from moe2gguf.peers import preset_bytes, quantize_preset
+from moe2gguf.peers import preset_tensor_bytes, quantize_preset
 from moe2gguf.pipeline import Calibration, convert, write_float
 from moe2gguf.runtime import find_runtime
 
@@ -174,7 +174,9 @@ def _preset_of_at_least(
     n_bytes: int, base: Path, imatrix: Path, folder: Path, n_threads: int, progress: Progress
 ) -> tuple[str, Path]:
     """llama-quantize's smallest preset whose file has n_bytes or more."""
-    expected_bytes = preset_bytes(base, folder)
+    file = read_gguf(base)
+    header_bytes = file.file_bytes - file.tensor_bytes
+    expected_bytes = {preset: header_bytes + n for preset, n in preset_tensor_bytes(base, folder).items()}
     for preset in sorted(expected_bytes, key=lambda preset: expected_bytes[preset]):
         # the dry run rounds to 0.01 MiB, and the quantised header says where the importance matrix came from
         if expected_bytes[preset] + 2**15 < n_bytes:

@@ -19,7 +19,7 @@ from moe2gguf import ggml
 from moe2gguf.child import Finished
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.ggml import QuantType
-from moe2gguf.gguf_reader import GgufFile, GgufTensor, read_gguf
+from moe2gguf.gguf_reader import GgufFile, GgufTensor
 from moe2gguf.imatrix import read_imatrix
 from moe2gguf.llama_tools import BaseRun, divergence, run_base, run_tool
 from moe2gguf.source import layer_of
@@ -67,11 +67,9 @@ LEAST_KLD = 1e-7
 FLOAT_TYPES = {QuantType.F32, QuantType.F16, QuantType.BF16}
 
 
-def preset_bytes(base: Path, folder: Path) -> dict[str, float]:
-    """The file that each preset would make, by its dry run: tensors to 0.01 MiB, and the header of the base."""
-    file = read_gguf(base)
-    header_bytes = file.file_bytes - file.tensor_bytes
-    return {preset: header_bytes + _dry_run_mib(preset, base, folder) * 2**20 for preset in PRESETS}
+def preset_tensor_bytes(base: Path, folder: Path) -> dict[str, int]:
+    """What each preset would make of the base, by its dry run, which rounds to 0.01 MiB."""
+    return {preset: int(_dry_run_mib(preset, base, folder) * 2**20) for preset in PRESETS}
 
 
 def quantize_preset(preset: str, base: Path, imatrix: Path, outfile: Path, n_threads: int, folder: Path) -> Finished:

@@ -16,6 +16,17 @@ from moe2gguf.llama_tools import BaseRun, Divergence
 
 FORMAT_VERSION = 1
 
+# in the order of tables; the preset is the one whose bytes the others may have
+METHODS = {
+    "grouped": "moe2gguf, grouped",
+    "skipping": "moe2gguf, grouped, skipping",
+    "stock": "moe2gguf, stock",
+    "preset": "llama-quantize",
+    "search": "llama-quantize, searched types",
+    "uniform": "one type for all experts",
+    "pmq": "PMQ (MC-MoE)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -23,7 +34,7 @@ class Cost:
 
     command: str
     seconds: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None  # None for many small commands
 
 
 @dataclasses.dataclass(frozen=True)

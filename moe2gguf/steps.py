@@ -14,6 +14,7 @@ class Steps:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.n_found = 0  # steps that were found done
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(
@@ -26,6 +27,7 @@ class Steps:
         if record.exists() and all(path.exists() for path in outputs):
             found = json.loads(record.read_text(encoding="utf-8"))
             if found["inputs"] == wanted and found["outputs"] == [_identity(path) for path in outputs]:
+                self.n_found += 1
                 return found["result"]
         record.unlink(missing_ok=True)
         result = work()
