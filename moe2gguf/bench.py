@@ -69,6 +69,9 @@ from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.steps import Steps
 
+FULL_BITS = (2.1, 2.5, 3.0, 3.5, 4.25)
+QUICK_BITS = (2.5, 3.5)
+QUICK_METHODS = ("search", "stock", "grouped", "skipping")  # at the second
 SKIP_SHARE = 0.15
 SKIP_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 BYTES_APART = 0.005  # a file that leaves more of its bytes unused is not compared

@@ -16,15 +16,15 @@ from moe2gguf.llama_tools import BaseRun, Divergence
 
 FORMAT_VERSION = 1
 
-# in the order of tables; the preset is the one whose bytes the others may have
+# in the order of tables; the preset's file is what the others may have the bytes of
 METHODS = {
-    "grouped": "moe2gguf, grouped",
-    "skipping": "moe2gguf, grouped, skipping",
-    "stock": "moe2gguf, stock",
     "preset": "llama-quantize",
     "search": "llama-quantize, searched types",
     "uniform": "one type for all experts",
     "pmq": "PMQ (MC-MoE)",
+    "stock": "moe2gguf, stock",
+    "grouped": "moe2gguf, grouped",
+    "skipping": "moe2gguf, grouped, skipping",
 }
 
 
