@@ -77,8 +77,20 @@ SKIP_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 BYTES_APART = 0.005  # a file that leaves more of its bytes unused is not compared
 PROBE_CHUNKS = 8
 BYTES_PER_TOKEN = 6  # more than any text has, to cut the default text to measure on
-# modules that make no file and measure nothing
-NOT_PART_OF_FILES = {"bench.py", "card.py", "cli.py", "demo.py", "plot.py", "record.py", "report.py"}
+# modules that no conversion runs; of these the first three make or measure what it is compared with
+MEASURING = ("llama_tools.py", "peers.py", "evaluate.py")
+APART = {
+    *MEASURING,
+    "bench.py",
+    "card.py",
+    "child.py",
+    "cli.py",
+    "demo.py",
+    "plot.py",
+    "record.py",
+    "report.py",
+    "steps.py",
+}
 
 # what `moe2gguf convert` is given; the paper's programs know no router calibration
 OURS: dict[str, tuple[str, ...]] = {
@@ -181,7 +193,9 @@ class _Bench:
         self.files_folder.mkdir(parents=True, exist_ok=True)
         self.steps = Steps(folder / "steps")
         self.shared: dict[str, Cost] = {}
-        self.program = f"{__version__} {_code_digest()} {runtime_version}"
+        converting, measuring = _code_digests()
+        self.converter = f"{__version__} {converting} {runtime_version}"
+        self.referee = f"{__version__} {measuring} {runtime_version}"
         self.source: Source = open_source(request.model)
         self.base = folder / "base.gguf"
         self.logits = folder / "base.kld"
@@ -194,8 +208,8 @@ class _Bench:
         self.base_file = self._base_file()
         self._importance()
 
-    def _inputs(self, **more: Any) -> dict[str, Any]:
-        return {"program": self.program, "model": self.digest, "threads": self.request.n_threads, **more}
+    def _inputs(self, program: str, **more: Any) -> dict[str, Any]:
+        return {"program": program, "model": self.digest, "threads": self.request.n_threads, **more}
 
     def _ours(self, *words: object) -> list[object]:
         return [sys.executable, "-m", "moe2gguf.cli", *words]
@@ -230,7 +244,9 @@ class _Bench:
             return _cost(self._shown("moe2gguf", *words), done)
 
         inputs = self._inputs(
-            words=[str(word) for word in words], texts=[p.resolve() for p in self.request.calibration_texts]
+            self.converter,
+            words=[str(word) for word in words],
+            texts=[p.resolve() for p in self.request.calibration_texts],
         )
         self.shared["calibration"] = Cost(**self.steps.run("calibrate", inputs, outputs, work))
 
@@ -241,7 +257,7 @@ class _Bench:
             write_float(self.request.model, self.base)
             return {"sha256": sha256_of(self.base), "seconds": time.monotonic() - began}
 
-        made = self.steps.run("base", self._inputs(), [self.base], work)
+        made = self.steps.run("base", self._inputs(self.converter), [self.base], work)
         return _File("base", "", self.base, made["sha256"], Cost("", made["seconds"], None))
 
     def _importance(self) -> None:
@@ -252,7 +268,7 @@ class _Bench:
             done = importance_matrix(self.base, text, self.imatrix, self.request.n_threads)
             return _cost(self._shown("llama-imatrix", "-m", self.base, "-f", text, "-o", self.imatrix), done)
 
-        made = self.steps.run("imatrix", self._inputs(base=self.base, text=text), [self.imatrix], work)
+        made = self.steps.run("imatrix", self._inputs(self.referee, base=self.base, text=text), [self.imatrix], work)
         self.shared["importance matrix"] = Cost(**made)
 
     def base_run(self) -> BaseRun:
@@ -280,7 +296,9 @@ class _Bench:
                 )
             )
 
-        inputs = self._inputs(base=self.base, text=self.text, n_ctx=request.n_ctx, n_chunks=request.n_chunks)
+        inputs = self._inputs(
+            self.referee, base=self.base, text=self.text, n_ctx=request.n_ctx, n_chunks=request.n_chunks
+        )
         return BaseRun(**self.steps.run("base-run", inputs, [self.logits], work))
 
     def presets(self) -> tuple[str, ...]:
@@ -290,7 +308,7 @@ class _Bench:
             self.progress("llama-quantize --dry-run", 0, 0)
             return preset_tensor_bytes(self.base, self.folder)
 
-        n_bytes = self.steps.run("presets", self._inputs(base=self.base), [], work)
+        n_bytes = self.steps.run("presets", self._inputs(self.referee, base=self.base), [], work)
         n_params = self.source.n_params
         nearest = [min(n_bytes, key=lambda p: abs(n_bytes[p] * 8 / n_params - bits)) for bits in self.request.bits]
         return tuple(sorted(dict.fromkeys(nearest), key=lambda preset: n_bytes[preset]))
@@ -366,10 +384,16 @@ class _Bench:
             kld = {name: {t.name: value for t, value in by_type.items()} for name, by_type in found.items()}
             return {"kld": kld, "seconds": time.monotonic() - began}
 
+        shapes = [[c.name, [t.name for t in c.tensors], [t.name for t in c.ladder]] for c in classes]
         inputs = self._inputs(
-            base=self.base, imatrix=self.imatrix, text=text, n_ctx=self.request.n_ctx, n_chunks=PROBE_CHUNKS,
-            classes=[[c.name, [t.name for t in c.tensors], [t.name for t in c.ladder]] for c in classes],
-        )  # fmt: skip
+            self.referee,
+            base=self.base,
+            imatrix=self.imatrix,
+            text=text,
+            n_ctx=self.request.n_ctx,
+            n_chunks=PROBE_CHUNKS,
+            classes=shapes,
+        )
         made = self.steps.run("probes", inputs, [], probe)
         n_probes = sum(len(by_type) for by_type in made["kld"].values())
         shown = f"llama-quantize and llama-perplexity, {n_probes} times on {PROBE_CHUNKS} chunks of calibration text"
@@ -404,7 +428,8 @@ class _Bench:
             cost = make()
             return {"sha256": sha256_of(path), "cost": dataclasses.asdict(cost)}
 
-        made = self.steps.run(f"{budget}-{method}", self._inputs(**inputs), [path], work)
+        program = self.converter if method in OURS else self.referee
+        made = self.steps.run(f"{budget}-{method}", self._inputs(program, **inputs), [path], work)
         return _File(method, budget, path, made["sha256"], Cost(**made["cost"]))
 
     def divergence(self, file: _File, base_run: BaseRun) -> Divergence:
@@ -424,7 +449,7 @@ class _Bench:
             )
             return dataclasses.asdict(found)
 
-        inputs = self._inputs(file=file.path, logits=self.logits, strength=strength)
+        inputs = self._inputs(self.referee, file=file.path, logits=self.logits, strength=strength)
         return Divergence(**self.steps.run(step, inputs, [], work))
 
     def skip_points(self, file: _File, base_run: BaseRun) -> tuple[SkipPoint, ...]:
@@ -454,7 +479,10 @@ class _Bench:
             return {"rounds": rounds}
 
         inputs = self._inputs(
-            files=[file.path for file in files], names=[file.name for file in files], n_rounds=request.n_rounds
+            self.referee,
+            files=[file.path for file in files],
+            names=[file.name for file in files],
+            n_rounds=request.n_rounds,
         )
         rounds = [
             {name: Speed(*found) for name, found in turns.items()}
@@ -541,13 +569,15 @@ def _setting(command: str, runtime: str, n_threads: int, bench: _Bench, seconds:
     )
 
 
-def _code_digest() -> str:
-    """Of the modules that make or measure files, kernels included: with other code they are made anew."""
+def _code_digests() -> tuple[str, str]:
+    """Of the modules that convert, kernels included, and of those that make and measure what they are compared with."""
     import moe2gguf_kernels
 
-    digest = hashlib.sha256()
+    converting, measuring = hashlib.sha256(), hashlib.sha256()
     for package in (Path(__file__).parent, Path(moe2gguf_kernels.__path__[0])):
         for path in sorted(package.rglob("*.py")):
-            if path.name not in NOT_PART_OF_FILES:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+            if path.name in MEASURING:
+                measuring.update(path.read_bytes())
+            elif path.name not in APART:
+                converting.update(path.read_bytes())
+    return converting.hexdigest()[:16], measuring.hexdigest()[:16]

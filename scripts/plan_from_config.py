@@ -3,9 +3,9 @@
 
     python scripts/plan_from_config.py scripts/configs/olmoe.json --bits 2.54
 
-The planner wants a checkpoint, so one is made of holes: the tensors' names and shapes as transformers would save them, in
-the header of a sparse file that takes no room. Without a tokenizer beside config.json the bundled model's stands in; the
-real one adds its words to the GGUF's header, some MB at most.
+The planner wants a checkpoint, so one is made of holes: the tensors' names and shapes as transformers would save them,
+in the header of a sparse file that takes no room. Without a tokenizer beside config.json the bundled model's stands in;
+the real one adds its words to the GGUF's header, some MB at most.
 """
 
 import json
