@@ -18,7 +18,9 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.runtime import tool
 
 N_PROMPT, N_DECODE = 512, 64  # tokens of one speed measurement
-N_TRIES = 8
+N_TRIES = 20
+BASE_COMPLETE = re.compile(r"Final estimate: PPL = .*\n")
+COMPLETE = re.compile(r"Same top p: .*memory breakdown", re.DOTALL)  # memory is printed last
 LEAST_TOKENS = 100
 
 
@@ -73,7 +75,7 @@ def importance_matrix(base: Path, text: Path, outfile: Path, n_threads: int) -> 
 def run_base(base: Path, text: Path, logits: Path, *, n_ctx: int, max_chunks: int, n_threads: int) -> BaseRun:
     """Writes the log-probabilities that files are compared with. A newline at the end of the text does not count."""
     arguments = ["-m", base, "-f", text, "-c", n_ctx, "--chunks", max_chunks, "-t", n_threads]
-    output = _perplexity([*arguments, "--kl-divergence-base", logits], "Final estimate: PPL", logits.parent)
+    output = _perplexity([*arguments, "--kl-divergence-base", logits], BASE_COMPLETE, logits.parent)
     perplexity, error = _numbers("Final estimate: PPL", output)
     n_chunks = len(re.findall(r"\[\d+\]\d", output))  # "[1]28.5861,[2]29.5147,", a number after each
     n_tokens = n_chunks * (n_ctx - 1 - n_ctx // 2)
@@ -91,20 +93,22 @@ def divergence(
     """On the text of the logits. skip_strength scales the file's thresholds for skipping experts; 0 is off."""
     arguments = ["-m", file, "-c", n_ctx, "-t", n_threads, "--kl-divergence-base", logits, "--kl-divergence"]
     environment = {"LLAMA_EXPERT_SKIP": f"{skip_strength:g}", "LLAMA_EXPERT_SKIP_COUNT": "1"}
-    # counts are printed from verbosity 4 up, and memory last
-    return parse_divergence(_perplexity([*arguments, "-lv", 4], "memory breakdown", folder, environment), base)
+    # what is skipped is printed from verbosity 4 up
+    return parse_divergence(_perplexity([*arguments, "-lv", 4], COMPLETE, folder, environment), base)
 
 
-def _perplexity(arguments: list[object], last: str, folder: Path, environment: Mapping[str, str] | None = None) -> str:
-    """llama-perplexity's output up to what it prints last. It leaves without waiting for the thread that prints
-    (common/log.cpp; ggml-org/llama.cpp#22142), so that on a busy machine the end is missing now and then."""
+def _perplexity(
+    arguments: list[object], complete: re.Pattern, folder: Path, environment: Mapping[str, str] | None = None
+) -> str:
+    """llama-perplexity's output. It leaves without waiting for the thread that prints (common/log.cpp;
+    ggml-org/llama.cpp#22142), so that on a busy machine the end is missing often: then it runs again."""
     for _ in range(N_TRIES):
         output = run_tool("llama-perplexity", arguments, folder, environment).output
-        if last in output:
+        if complete.search(output):
             return output
     raise Moe2ggufError(
-        f"llama-perplexity never printed '{last}' in {N_TRIES} runs, so it is not the one this was made for; run "
-        f"`moe2gguf runtime install` (its output is in {folder / 'llama-perplexity.log'})"
+        f"the output of llama-perplexity was not complete in {N_TRIES} runs ({folder / 'llama-perplexity.log'}); try "
+        "again on a machine with less to do"
     )
 
 
