@@ -24,7 +24,7 @@ from moe2gguf import __version__, ggml
 from moe2gguf.card import sha256_of
 from moe2gguf.child import Finished, run_child
 from moe2gguf.costs import cost_table, source_digest
-from moe2gguf.errors import BudgetError
+from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.evaluate import held_out_text
 from moe2gguf.gguf_file import file_bytes
 from moe2gguf.gguf_reader import read_gguf
@@ -77,8 +77,8 @@ SKIP_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 BYTES_APART = 0.005  # a file that leaves more of its bytes unused is not compared
 PROBE_CHUNKS = 8
 BYTES_PER_TOKEN = 6  # more than any text has, to cut the default text to measure on
-# modules that no conversion runs; of these the first three make or measure what it is compared with
-MEASURING = ("llama_tools.py", "peers.py", "evaluate.py")
+# modules that no conversion runs; those of MEASURING make or measure what conversions are compared with
+MEASURING = ("llama_tools.py", "peers.py", "evaluate.py", "tasks.py")
 APART = {
     *MEASURING,
     "bench.py",
@@ -117,7 +117,7 @@ class BenchRequest:
     n_chunks: int = 64
     n_rounds: int = 9
     n_threads: int = dataclasses.field(default_factory=available_cores)
-    tasks: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: its names, or YAML files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,14 +261,16 @@ class _Bench:
         return _File("base", "", self.base, made["sha256"], Cost("", made["seconds"], None))
 
     def _importance(self) -> None:
-        text = self.work / "calibration.txt"
+        text, n_ctx = self.work / "calibration.txt", self.request.sequence_tokens
 
         def work() -> dict[str, Any]:
             self.progress("llama-imatrix", 0, 0)
-            done = importance_matrix(self.base, text, self.imatrix, self.request.n_threads)
-            return _cost(self._shown("llama-imatrix", "-m", self.base, "-f", text, "-o", self.imatrix), done)
+            done = importance_matrix(self.base, text, self.imatrix, self.request.n_threads, n_ctx=n_ctx)
+            words = ["llama-imatrix", "-m", self.base, "-f", text, "-o", self.imatrix, "-c", n_ctx]
+            return _cost(self._shown(*words), done)
 
-        made = self.steps.run("imatrix", self._inputs(self.referee, base=self.base, text=text), [self.imatrix], work)
+        inputs = self._inputs(self.referee, base=self.base, text=text, n_ctx=n_ctx)
+        made = self.steps.run("imatrix", inputs, [self.imatrix], work)
         self.shared["importance matrix"] = Cost(**made)
 
     def base_run(self) -> BaseRun:
@@ -507,7 +509,30 @@ class _Bench:
         )
 
     def task_scores(self, files: Sequence[_File]) -> tuple[TaskScore, ...]:
-        return ()
+        """Of every file once, skipping off."""
+        request = self.request
+        if not request.tasks:
+            return ()
+        try:
+            from moe2gguf.tasks import run_tasks
+        except ModuleNotFoundError as error:
+            raise Moe2ggufError(
+                f"--tasks needs lm-evaluation-harness, and {error.name} is missing: pip install 'moe2gguf[tasks]'"
+            ) from None
+        os.environ["LLAMA_EXPERT_SKIP"] = "0"
+        scores: list[TaskScore] = []
+        for file in {file.path: file for file in files}.values():
+
+            def work(path: Path = file.path) -> dict[str, Any]:
+                self.progress("lm-evaluation-harness", 0, 0)
+                found = run_tasks(path, request.tasks, n_ctx=request.n_ctx, n_threads=request.n_threads)
+                return {"scores": [dataclasses.asdict(score) for score in found]}
+
+            described = [Path(task) if Path(task).is_file() else task for task in request.tasks]
+            inputs = self._inputs(self.referee, file=file.path, tasks=described, n_ctx=request.n_ctx)
+            done = self.steps.run(f"{file.name}-tasks", inputs, [], work)
+            scores += [TaskScore(**score) for score in done["scores"]]
+        return tuple(scores)
 
 
 def _rate(file: _File, rounds: Sequence[Mapping[str, Speed]], what: str) -> Rate:

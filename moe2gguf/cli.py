@@ -599,6 +599,7 @@ class _Bits(click.ParamType):
 @click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Of calibration text.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling.")
+@click.option("--tasks", multiple=True, help="Of lm-evaluation-harness, a name or a YAML file; repeatable.")
 @click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("bench-out"), show_default=True
 )
@@ -624,6 +625,7 @@ def bench(model: str, bits: tuple[float, ...] | None, quick: bool, folder: Path,
         n_ctx=options["ctx"],
         n_chunks=options["chunks"],
         n_rounds=options["rounds"],
+        tasks=options["tasks"],
         n_threads=options["threads"] or available_cores(),
     )
     with progress_display() as progress:

@@ -66,10 +66,10 @@ def run_tool(
     return run_child([tool(name), *arguments], folder / f"{name}.log", what=name, environment=environment)
 
 
-def importance_matrix(base: Path, text: Path, outfile: Path, n_threads: int) -> Finished:
-    return run_tool(
-        "llama-imatrix", ["-m", base, "-f", text, "-o", outfile, "-c", 512, "-t", n_threads], outfile.parent
-    )
+def importance_matrix(base: Path, text: Path, outfile: Path, n_threads: int, *, n_ctx: int = 512) -> Finished:
+    """Of the text in chunks of n_ctx tokens."""
+    arguments = ["-m", base, "-f", text, "-o", outfile, "-c", n_ctx, "-t", n_threads]
+    return run_tool("llama-imatrix", arguments, outfile.parent)
 
 
 def run_base(base: Path, text: Path, logits: Path, *, n_ctx: int, max_chunks: int, n_threads: int) -> BaseRun:

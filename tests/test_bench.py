@@ -24,7 +24,7 @@ def request_(needs_runtime: None, tiny, small_text: Path) -> BenchRequest:
         methods=METHODS,
         text=small_text,
         calibration_texts=(small_text,),
-        n_sequences=4,
+        n_sequences=9,
         sequence_tokens=32,
         n_probe_tokens=64,
         n_ctx=32,
