@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf import __version__, ggml
+from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.card import sha256_of
 from moe2gguf.child import Finished, run_child
 from moe2gguf.costs import cost_table, source_digest
@@ -163,9 +164,13 @@ def run_bench(
                     absent.append(made)
                 else:
                     files.append(made)
+    grouped = next((file for file in files if file.method == "grouped"), None)
+    if grouped is None:
+        reason = next((a.reason for a in absent if a.method == "grouped"), "not among the methods")
+        raise Moe2ggufError(f"no grouped file at {', '.join(presets)}: {reason}; change --bits")
     divergences = {file.name: bench.divergence(file, base_run) for file in files[1:]}
     rates = bench.rates(files)
-    grouped = next(file for file in files if file.method == "grouped")
+    skip_points, tasks = bench.skip_points(grouped, base_run), bench.task_scores(files)
     record = Record(
         setting=_setting(command, runtime.version, request.n_threads, bench, time.monotonic() - began),
         data=bench.data(),
@@ -175,9 +180,9 @@ def run_bench(
         shared=dict(bench.shared),
         n_rounds=request.n_rounds,
         skip_file=grouped.path.name,
-        skip_points=bench.skip_points(grouped, base_run),
+        skip_points=skip_points,
         experts=_expert_map(grouped.path, bench.stats),
-        tasks=bench.task_scores(files),
+        tasks=tasks,
     )
     path = folder / "bench.json"
     save_record(record, path)
@@ -340,7 +345,7 @@ class _Bench:
 
     def _converted(self, method: str, preset: _File) -> _File | Absent:
         size_bytes = preset.path.stat().st_size
-        if method in ("uniform", "pmq") and (reason := self._out_of_reach(method, size_bytes)):
+        if reason := self._out_of_reach(method, size_bytes):
             return Absent(method, preset.budget, reason)
         path = self.files_folder / f"{preset.budget}-{method}.gguf"
         words: list[object] = ["convert", self.request.model, "--size", size_bytes, "--outfile", path, *OURS[method]]
@@ -354,12 +359,15 @@ class _Bench:
         return self._made(method, preset.budget, path, {"words": [str(w) for w in words], "stats": stats}, make)
 
     def _out_of_reach(self, method: str, size_bytes: int) -> str | None:
-        """Why the allocator has nothing for that size, before a conversion."""
-        table = cost_table(self.source, self.stats, layout="grouped")
-        choice = Choice(allocator=method)
+        """Why there is no file of that size, known before a conversion."""
+        choice = Choice(
+            layout="stock" if method == "stock" else "grouped",
+            allocator=method if method in ALLOCATORS else "global",
+        )
+        table = cost_table(self.source, self.stats, layout=choice.layout)
         try:
             allocation, plan = fit_budget(self.source, self.stats, table, Budget(size_bytes=size_bytes), choice)
-        except BudgetError as error:
+        except Moe2ggufError as error:  # too few bytes, or columns that the method has no types for
             return str(error)
         assert plan is not None
         used = file_bytes(self.source, plan, provenance(self.source, self.stats, allocation)) / size_bytes

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe2gguf.errors import OutputError
 from moe2gguf.ggml import bits_per_weight
-from moe2gguf.inspect import FileReport, Layer, format_bytes, merged_projections
+from moe2gguf.inspect import FileReport, Layer, merged_projections
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,12 +82,13 @@ def plot_speed(prompt: Series, decode: Series, path: str | Path) -> None:
 
     def draw() -> Figure:
         figure, panels = _axes(2)
-        for axes, points, title in zip(panels, (prompt, decode), ("prompt", "decoding"), strict=True):
-            _draw_series(axes, points, "bytes of the file", "tokens per second" if title == "prompt" else "")
+        most = max(n_bytes for points in prompt.values() for n_bytes, _ in points)
+        unit, unit_bytes = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+        for axes, series, title in zip(panels, (prompt, decode), ("prompt", "decoding"), strict=True):
+            scaled = {label: [(n / unit_bytes, speed) for n, speed in points] for label, points in series.items()}
+            _draw_series(axes, scaled, f"size of the file, {unit}", "tokens per second" if title == "prompt" else "")
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
-            axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_formatter(lambda n_bytes, _: format_bytes(int(n_bytes)))
-            axes.xaxis.set_major_locator(_few_ticks())
+            axes.set_ylim(0, 1.08 * max(speed for points in series.values() for _, speed in points))
         panels[0].get_legend().remove()
         return figure
 
@@ -126,12 +127,6 @@ def _axes(n_panels: int) -> tuple[Figure, Sequence[Any]]:
 
     figure = Figure(figsize=(5.0 + 3.6 * (n_panels - 1), 3.2), layout="constrained")
     return figure, [figure.add_subplot(1, n_panels, i + 1) for i in range(n_panels)]
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
 
 
 def _draw_series(axes: Any, series: Series, x_label: str, y_label: str) -> None:
