@@ -159,7 +159,9 @@ def run_llama_bench(
 def _numbers(label: str, output: str) -> list[float]:
     """Those of the line "LABEL: ..." or "LABEL = ..."."""
     line = re.search(rf"{re.escape(label)} *[:=](.*)$", output, re.MULTILINE)
-    found = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?", line[1])] if line else []
+    words = re.findall(r"-?(?:\d+(?:\.\d+)?(?:e[-+]\d+)?|nan)", line[1]) if line else []
+    # the root of a variance that rounding put below 0, where nothing differs
+    found = [0.0 if word.endswith("nan") else float(word) for word in words]
     if not found:
         raise Moe2ggufError(
             f"llama-perplexity printed no number after '{label}', so it is not the one this was made for; run "

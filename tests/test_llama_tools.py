@@ -40,20 +40,24 @@ def test_numbers_are_taken_from_their_lines() -> None:
     assert found.skipped == pytest.approx(0.2)  # the mean of the layers
 
 
+def test_a_file_against_itself_has_no_error() -> None:
+    assert parse_divergence(OUTPUT.replace("0.025594 ±   0.004585", "0.000000 ±       -nan"), BASE).delta_nll_error == 0
+
+
 def test_other_output_is_refused() -> None:
     with pytest.raises(Moe2ggufError, match="printed no number after 'Mean    KLD'"):
         parse_divergence(OUTPUT.replace("Mean    KLD", "Average KLD"), BASE)
     assert parse_divergence(OUTPUT.replace("experts =", "no experts"), BASE).skipped is None
 
 
-def test_thresholds_scale_and_files_have_a_speed(converted, small_text: Path, tmp_path: Path) -> None:
+def test_a_file_has_a_divergence_and_a_speed(converted, small_text: Path, tmp_path: Path) -> None:
     result = converted("qwen3_moe").results["grouped"]
     logits = tmp_path / "base.kld"
     base = run_base(result.path, small_text, logits, n_ctx=32, max_chunks=7, n_threads=1)
     assert (base.n_chunks, base.n_tokens) == (7, 7 * 15)
     with pytest.raises(Moe2ggufError, match="are 90 predictions, and llama-perplexity makes no statistics of fewer"):
         run_base(result.path, small_text, logits, n_ctx=32, max_chunks=6, n_threads=1)
-    base = run_base(result.path, small_text, logits, n_ctx=32, max_chunks=7, n_threads=1)
+    base = run_base(result.path, small_text, logits, n_ctx=32, max_chunks=7, n_threads=1)  # the file is there again
     itself = divergence(result.path, logits, base, n_ctx=32, n_threads=1, folder=tmp_path)
     assert itself.kld_mean < 1e-4 and itself.same_top == 1 and abs(itself.delta_nll) < 1e-5
     found = speed(result.path, n_threads=1, folder=tmp_path)
