@@ -10,10 +10,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # what the runtime is built with beside the CPU: --cuda, --vulkan
 RUNTIME_FLAGS ?=
 
+# full: five budgets, all methods
+BENCH ?= quick
+
 # where the patched sources are edited
 PATCHED ?= build/llama.cpp
 
-.PHONY: help setup runtime demo test check bench-runtime bench-gpu patches-apply patches-refresh clean
+.PHONY: help setup runtime demo test check bench bench-record bench-runtime bench-gpu patches-apply patches-refresh clean
 
 help:
 	@echo "make demo             convert the bundled model in both layouts and compare with llama-quantize"
@@ -21,11 +24,13 @@ help:
 	@echo "make check            ruff and mypy"
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
+	@echo "make bench            compare with llama-quantize and others at equal bytes, under 15 minutes; BENCH=full: hours"
+	@echo "make bench-record     put what make bench found into benchmarks/, README.md and BENCHMARKS.md"
 	@echo "make bench-runtime    measure the runtime's speed against the targets, on a quiet machine"
 	@echo "make bench-gpu        measure the kernels' speed on a CUDA device"
 	@echo "make patches-apply    unpack the pinned sources into $(PATCHED), one commit per patch, to edit them"
 	@echo "make patches-refresh  write the patches anew from the commits there"
-	@echo "make clean            remove $(VENV) and what make demo wrote (not the runtime cache)"
+	@echo "make clean            remove $(VENV) and what make demo and bench wrote (not the runtime cache)"
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +59,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: setup
+	$(BIN)/moe2gguf bench demo $(if $(filter full,$(BENCH)),,--quick)
+
+bench-record: $(VENV)/.dependencies
+	cp bench-out/bench.json benchmarks/demo.json
+	$(BIN)/moe2gguf report benchmarks/demo.json --into README.md --into BENCHMARKS.md
+
 bench-runtime: setup
 	$(BIN)/python scripts/bench_runtime.py
 
@@ -67,4 +79,4 @@ patches-refresh: $(VENV)/.dependencies
 	$(BIN)/python scripts/patches-refresh $(PATCHED)
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out bench-out

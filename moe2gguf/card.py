@@ -31,7 +31,7 @@ def write_card(
     picture = file.with_name(f"{file.stem}-types.svg")
     if report.layers:
         plot_bits(report, picture)
-    hashes = {shard: _sha256(shard, progress) for shard in report.paths}
+    hashes = {shard: sha256_of(shard, progress) for shard in report.paths}
     aside = path.with_name(".README.md.partial")
     try:
         aside.write_text(
@@ -43,7 +43,7 @@ def write_card(
     return path
 
 
-def _sha256(path: Path, progress: Callable[[int, int], None]) -> str:
+def sha256_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -628,6 +629,93 @@ def demo(bits: float, folder: Path) -> None:
     with progress_display() as progress:
         result = run_demo(folder, bits=bits, progress=progress)
     console.print(render_demo(result))
+
+
+class _Bits(click.ParamType):
+    """2.1,2.5,3.0"""
+
+    name = "bits,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            bits = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            bits = ()
+        if not bits or min(bits) <= 0:
+            self.fail(f"{value!r} is not a list of numbers above 0 like 2.1,2.5,3", param, context)
+        return bits
+
+
+@main.command()
+@click.argument("model")
+@click.option("--bits", type=_Bits(), help="Budgets: the presets nearest to these  [default: 2.1,2.5,3,3.5,4.25].")
+@click.option("--quick", is_flag=True, help="Two budgets, 2.5 and 3.5, and at the second fewer methods.")
+@click.option("--text", type=_existing_file, help="Held-out text to measure on  [default: CPython's own].")
+@click.option("--calibration-text", type=_existing_file, multiple=True, help="[default: the model writes its own]")
+@click.option("--ctx", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of a chunk.")
+@click.option("--chunks", default=64, show_default=True, type=click.IntRange(min=1), help="Chunks to measure on.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Of speed.")
+@click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Of calibration text.")
+@click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling.")
+@click.option("--tasks", multiple=True, help="Of lm-evaluation-harness, a name or a YAML file; repeatable.")
+@click.option(
+    "--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("bench-out"), show_default=True
+)
+@threads_option
+def bench(model: str, bits: tuple[float, ...] | None, quick: bool, folder: Path, **options: Any) -> None:
+    """Compare MODEL's files with llama-quantize's and others' of the same bytes; see FOLDER/bench.html.
+
+    What is in FOLDER already and unchanged is not made or measured anew.
+    """
+    from moe2gguf.bench import FULL_BITS, QUICK_BITS, QUICK_METHODS, BenchRequest, run_bench
+    from moe2gguf.record import METHODS
+    from moe2gguf.report import summary, to_markdown, write_report
+
+    request = BenchRequest(
+        model=model,
+        bits=bits or (QUICK_BITS if quick else FULL_BITS),
+        more_methods=QUICK_METHODS if quick else tuple(METHODS),
+        text=options["text"],
+        calibration_texts=options["calibration_text"],
+        n_sequences=options["sequences"],
+        sequence_tokens=options["length"],
+        seed=options["seed"],
+        n_ctx=options["ctx"],
+        n_chunks=options["chunks"],
+        n_rounds=options["rounds"],
+        tasks=options["tasks"],
+        n_threads=options["threads"] or available_cores(),
+    )
+    with progress_display() as progress:
+        record, _ = run_bench(request, folder, command=shlex.join(["moe2gguf", *sys.argv[1:]]), progress=progress)
+    paths = write_report(record, folder)
+    click.echo(to_markdown(summary(record)))
+    for path in paths:
+        click.echo(path)
+
+
+@main.command()
+@click.argument("record", type=_existing_file)
+@click.option(
+    "--into",
+    type=_existing_file,
+    multiple=True,
+    help="README.md takes the short table, any other document the whole, between <!-- bench:begin --> and its end.",
+)
+def report(record: Path, into: tuple[Path, ...]) -> None:
+    """Tables and pictures of a benchmark's RECORD, beside it, without measuring anything."""
+    from moe2gguf.record import load_record
+    from moe2gguf.report import document_blocks, write_into, write_report
+
+    loaded = load_record(record)
+    for path in write_report(loaded, record.parent, record.stem):
+        click.echo(path)
+    for document in into:
+        write_into(document, document_blocks(loaded, record, document))
+        click.echo(document)
 
 
 main.add_command(runtime)

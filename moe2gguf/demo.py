@@ -10,11 +10,9 @@ import dataclasses
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from re import search
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,41 +23,16 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.evaluate import Evaluation, evaluate, held_out_text
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.llama import available_cores
+from moe2gguf.llama_tools import importance_matrix
+from moe2gguf.peers import preset_tensor_bytes, quantize_preset
 from moe2gguf.pipeline import Calibration, convert, write_float
-from moe2gguf.runtime import find_runtime, tool
+from moe2gguf.runtime import find_runtime
 
 Progress = Callable[[str, int, int], None]  # what, done, total; a total of 0: not known
 
 PROMPT = "The old man walked down to the harbour and"
 _N_GENERATED = 40
 _BYTES_PER_CHUNK = 3000  # more than 512 tokens of any text in a vocabulary of 4096
-
-# llama-quantize's presets for mixtures of types; their sizes on the model at hand come from its dry run
-PRESETS = (
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ2_M",
-    "Q2_K_S",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ3_XS",
-    "IQ3_S",
-    "IQ3_M",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "IQ4_XS",
-    "IQ4_NL",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "Q6_K",
-    "Q8_0",
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +114,9 @@ def run_demo(
         for layout in ("grouped", "stock")
     }
     ours = [converted[layout].path for layout in ("grouped", "stock")]
-    imatrix = _importance_matrix(base, converted["grouped"].calibration_text, folder, n_threads, progress)
+    imatrix = folder / "imatrix.gguf"
+    progress("llama-imatrix", 0, 0)
+    importance_matrix(base, converted["grouped"].calibration_text, imatrix, n_threads)
     n_bytes = max(path.stat().st_size for path in ours)
     preset, theirs = _preset_of_at_least(n_bytes, base, imatrix, folder, n_threads, progress)
 
@@ -195,51 +170,24 @@ def _complete(path: Path, n_threads: int) -> str:
         model.close()
 
 
-def _importance_matrix(base: Path, text: Path, folder: Path, n_threads: int, progress: Progress) -> Path:
-    imatrix = folder / "imatrix.gguf"
-    progress("llama-imatrix", 0, 0)
-    _run("llama-imatrix", ["-m", base, "-f", text, "-o", imatrix, "-c", 512, "-t", n_threads], folder)
-    return imatrix
-
-
 def _preset_of_at_least(
     n_bytes: int, base: Path, imatrix: Path, folder: Path, n_threads: int, progress: Progress
 ) -> tuple[str, Path]:
     """llama-quantize's smallest preset whose file has n_bytes or more."""
     file = read_gguf(base)
     header_bytes = file.file_bytes - file.tensor_bytes
-    expected_bytes = {preset: header_bytes + _dry_run_mib(preset, base, folder) * 2**20 for preset in PRESETS}
-    for preset in sorted(PRESETS, key=lambda preset: expected_bytes[preset]):
+    expected_bytes = {preset: header_bytes + n for preset, n in preset_tensor_bytes(base, folder).items()}
+    for preset in sorted(expected_bytes, key=lambda preset: expected_bytes[preset]):
         # the dry run rounds to 0.01 MiB, and the quantised header says where the importance matrix came from
         if expected_bytes[preset] + 2**15 < n_bytes:
             continue
         progress(f"llama-quantize {preset}", 0, 0)
         path = folder / f"demo-{preset}.gguf"
-        _run("llama-quantize", ["--imatrix", imatrix, base, path, preset, n_threads], folder)
+        quantize_preset(preset, base, imatrix, path, n_threads, folder)
         if path.stat().st_size >= n_bytes:
             return preset, path
         path.unlink()
     raise Moe2ggufError(f"no preset of llama-quantize makes a file of {n_bytes:,} bytes; choose fewer --bits")
-
-
-def _dry_run_mib(preset: str, base: Path, folder: Path) -> float:
-    output = _run("llama-quantize", ["--dry-run", base, folder / "unused.gguf", preset], folder)
-    match = search(r"quant size\s*=\s*([\d.]+) MiB", output)
-    if match is None:
-        raise Moe2ggufError(f"llama-quantize's dry run of {preset} states no size; see {folder / 'llama-quantize.log'}")
-    return float(match[1])
-
-
-def _run(name: str, arguments: list[object], folder: Path) -> str:
-    """A tool of the runtime; its output, which is also left in NAME.log."""
-    command = [str(tool(name)), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    log = folder / f"{name}.log"
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-    if done.returncode != 0:
-        raise Moe2ggufError(f"{name} failed with exit status {done.returncode}; its output is in {log}")
-    return done.stdout
 
 
 def caption(result: DemoResult) -> str:

@@ -1,11 +1,12 @@
-"""Pictures: the bit-width heat-map of a file, layer × expert, one panel per projection; the price of skipping."""
+"""Pictures: the bit-width heat-map of a file, layer × expert, one panel per projection; what a benchmark found."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -21,6 +22,18 @@ _PANEL_WIDTH_INCHES = 7.0
 _PANEL_HEIGHT_INCHES = 8.0
 _GAP_INCHES = 0.55  # holds tick labels and an axis title
 _HEAD_INCHES = 0.62
+KLD_LABEL = "mean KL divergence, nats per token"
+# colours of luminances apart, markers, dashes
+STYLES = (
+    ("#000000", "o", "-"),
+    ("#0072b2", "s", "--"),
+    ("#d55e00", "^", "-."),
+    ("#56a0d0", "D", ":"),
+    ("#6b4c9a", "v", (0, (5, 1))),
+    ("#a08000", "P", (0, (3, 1, 1, 1, 1, 1))),
+    ("#909090", "X", (0, (1, 2))),
+)
+Series = Mapping[str, Sequence[tuple[float, float]]]
 # metadata without time or version
 _FORMATS: dict[str, dict[str, str | None]] = {
     ".png": {"Software": None},
@@ -39,27 +52,94 @@ def plot_bits(report: FileReport, path: str | Path) -> None:
     _save(lambda: draw_bits(report), Path(path))
 
 
-def plot_skipping(points: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:
+def plot_skipping(points: Series, path: str | Path) -> None:
     """KL divergence against the share of expert activations left out, a line for each rule; .png or .svg."""
+
+    def draw() -> Figure:
+        figure, (axes,) = _axes(1)
+        _draw_series(axes, points, "expert activations left out", KLD_LABEL)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        return figure
+
+    _save(draw, Path(path))
+
+
+def plot_kld(points: Series, path: str | Path) -> None:
+    """KL divergence against bits per weight, a line for each method; .png or .svg."""
+
+    def draw() -> Figure:
+        figure, (axes,) = _axes(1)
+        _draw_series(axes, points, "bits per weight, all tensors", KLD_LABEL)
+        axes.set_yscale("log")
+        return figure
+
+    _save(draw, Path(path))
+
+
+def plot_speed(prompt: Series, decode: Series, path: str | Path) -> None:
+    """Tokens per second against bytes of the file, a panel for prompts and one for decoding; .png or .svg."""
+
+    def draw() -> Figure:
+        figure, panels = _axes(2)
+        most = max(n_bytes for points in prompt.values() for n_bytes, _ in points)
+        unit, unit_bytes = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+        for axes, series, title in zip(panels, (prompt, decode), ("prompt", "decoding"), strict=True):
+            scaled = {label: [(n / unit_bytes, speed) for n, speed in points] for label, points in series.items()}
+            _draw_series(axes, scaled, f"size of the file, {unit}", "tokens per second" if title == "prompt" else "")
+            axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+            axes.set_ylim(0, 1.08 * max(speed for points in series.values() for _, speed in points))
+        panels[0].get_legend().remove()
+        return figure
+
+    _save(draw, Path(path))
+
+
+def plot_experts(bits_LE: np.ndarray, share_LE: np.ndarray, layers: Sequence[int], path: str | Path) -> None:
+    """Bits of every expert beside how often it is selected, layer × expert; .png or .svg. NaN stays blank."""
 
     def draw() -> Figure:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.0, 3.2))
-        axes = figure.add_subplot()
-        # markers and dashes too, for greyscale
-        styles = zip(points.items(), "os^", ("-", "--", ":"), strict=False)
-        for (rule, of_rule), marker, dashes in styles:
-            axes.plot(*zip(*of_rule, strict=True), marker=marker, linestyle=dashes, color="black", label=rule)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.set_xlabel("expert activations left out")
-        axes.set_ylabel("mean KL divergence, nats per token")
-        axes.grid(True, which="major", color="0.85")
-        axes.legend(frameon=False)
+        n_layers, n_experts = bits_LE.shape
+        cell_inches = min(_PANEL_WIDTH_INCHES / 2 / n_experts, _PANEL_HEIGHT_INCHES / n_layers, 0.30)
+        width, height = max(2.4, cell_inches * n_experts), max(0.7, cell_inches * n_layers)
+        figure = Figure(figsize=(2 * width + 1.6, height + 1.0), layout="constrained")
+        panels = figure.subplots(1, 2)
+        # luminance falls monotonically in both, so a greyscale print keeps the order
+        what = ((bits_LE, "YlGnBu", "bits per weight"), (share_LE, "Greys", "selections, 1 = an even share"))
+        for axes, (values, colours, label) in zip(panels, what, strict=True):
+            image = axes.imshow(
+                np.ma.masked_invalid(values), cmap=colours, aspect="auto", interpolation="nearest",
+                vmin=None if colours == "YlGnBu" else 0,
+            )  # fmt: skip
+            _ticks(axes, n_experts, n_layers, layers[0])
+            axes.set_xlabel("checkpoint expert")
+            figure.colorbar(image, ax=axes, location="top", label=label, aspect=30)
+        panels[0].set_ylabel("layer")
         return figure
 
     _save(draw, Path(path))
+
+
+def _axes(n_panels: int) -> tuple[Figure, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 + 3.6 * (n_panels - 1), 3.2), layout="constrained")
+    return figure, [figure.add_subplot(1, n_panels, i + 1) for i in range(n_panels)]
+
+
+def _draw_series(axes: Any, series: Series, x_label: str, y_label: str) -> None:
+    # in greyscale markers and dashes tell them apart
+    for (label, points), (colour, marker, dashes) in zip(series.items(), itertools.cycle(STYLES), strict=False):
+        look = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "linewidth": 1.1}
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, label=label, **look)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, which="major", color="0.88")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _save(draw: Callable[[], Figure], path: Path) -> None:

@@ -65,7 +65,10 @@ def request(done, small_text) -> list[object]:
 
 # help and usage
 
-COMMANDS = ("convert", "prune", "calibrate", "allocate", "quantize", "verify", "inspect", "card", "demo", "runtime")
+COMMANDS = (
+    *("convert", "prune", "calibrate", "allocate", "quantize", "verify", "inspect"),
+    *("card", "demo", "bench", "report", "runtime"),
+)
 
 
 def test_the_commands_are_these():
@@ -464,3 +467,19 @@ def test_a_device_that_is_not_there(tiny, tmp_path):
     assert result.exit_code == 1
     assert "there is no device 'tpu'; it is auto, cpu, cuda or cuda:<number>" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+# bench and report
+
+
+def test_bits_of_a_benchmark():
+    for wrong in ("2.5,x", "", "2.5,0"):
+        result = run("bench", "demo", "--bits", wrong)
+        assert result.exit_code == 2 and "is not a list of numbers above 0 like 2.1,2.5,3" in result.stderr
+
+
+def test_what_cannot_be_reported(tmp_path):
+    (tmp_path / "bench.json").write_text("{}", encoding="utf-8")
+    result = run("report", tmp_path / "bench.json")
+    assert result.exit_code == 1 and "is no record of a benchmark" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -1,7 +1,4 @@
 import dataclasses
-import os
-import re
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +7,8 @@ from scipy.special import log_softmax, rel_entr
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
 from moe2gguf.evaluate import _compare, _log_softmax, _summarise, evaluate, held_out_text, render_evaluations
-from moe2gguf.runtime import find_runtime, tool
+from moe2gguf.llama_tools import divergence, run_base
+from moe2gguf.runtime import find_runtime
 
 # llama-perplexity stores base log-probabilities as 16-bit steps of a range of at most 16 nats: half a step is
 # the largest rounding of one of them, and of a prediction's KL divergence, which is a weighted mean of them
@@ -82,38 +80,30 @@ def test_candidates_do_not_depend_on_each_other_or_on_threads(files):
 
 def test_agrees_with_llama_perplexity(files, tmp_path):
     base, candidate, text, text_file = files
-    program = tool("llama-perplexity")
-    common = ["-c", "512", "-t", "1", "--kl-divergence-base", tmp_path / "base.kld"]
-    environment = os.environ | {"LLAMA_LOG_COLORS": "0"}
-
-    def run(*arguments) -> str:
-        done = subprocess.run([program, *common, *arguments], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout + done.stderr
-
-    base_out = run("-m", base, "-f", text_file)
-    out = run("-m", candidate, "--kl-divergence")
-
-    def theirs(label: str) -> list[float]:
-        line = re.search(rf"{re.escape(label)}\s*[:=](.*)$", base_out + out, re.MULTILINE)
-        assert line, f"{label} not in the output of llama-perplexity:\n{out[-3000:]}"
-        return [float(x) for x in re.findall(r"[\d.]+", line[1])]
-
+    logits = tmp_path / "base.kld"
+    base_run = run_base(base, text_file, logits, n_ctx=512, max_chunks=100, n_threads=1)
+    theirs = divergence(candidate, logits, base_run, n_ctx=512, n_threads=1, folder=tmp_path)
     (e,) = evaluate(base, [candidate], text)
+    assert (base_run.n_chunks, base_run.n_tokens) == (e.n_chunks, e.n_tokens)
     assert e.n_chunks >= 6
     step, one_flip = HALF_STEP_NATS + BATCHING_NATS, 1 / e.n_tokens
-    # these come from unrounded logits; the base's own among the KLD statistics would not do: a target further
-    # than 16 nats below the likeliest token counts as 16 there
-    assert theirs("Final estimate: PPL") == pytest.approx([e.base_perplexity, e.base_perplexity_error], rel=2e-5)
-    assert theirs("Mean PPL(Q)") == pytest.approx([e.perplexity, e.perplexity_error], rel=BATCHING_NATS)
+    # these come from unrounded logits, and are printed with 4 and 6 decimals
+    assert base_run.perplexity == pytest.approx(e.base_perplexity, rel=2e-5)
+    assert base_run.perplexity_error == pytest.approx(e.base_perplexity_error, rel=1e-4)
+    assert theirs.perplexity == pytest.approx(e.perplexity, rel=BATCHING_NATS)
+    assert theirs.perplexity_error == pytest.approx(e.perplexity_error, rel=1e-4)
     assert e.delta_nll == pytest.approx(np.log(e.perplexity / e.base_perplexity), abs=1e-9)
+    assert theirs.delta_nll == pytest.approx(e.delta_nll, abs=2 * BATCHING_NATS)
+    # of the base's rounded log-probabilities
+    assert theirs.delta_nll_error == pytest.approx(e.delta_nll_error, rel=0.01)
     # rounding is as often up as down, so the mean over many predictions is much closer
-    assert theirs("Mean    KLD")[0] == pytest.approx(e.kld_mean, abs=BATCHING_NATS)
-    assert theirs("Mean    KLD")[1] == pytest.approx(e.kld_error, abs=BATCHING_NATS)
-    for label, ours in {"Maximum KLD": e.kld_max, "99.9%   KLD": e.kld_999, "99.0%   KLD": e.kld_99}.items():
-        assert theirs(label)[0] == pytest.approx(ours, abs=step), label
+    assert theirs.kld_mean == pytest.approx(e.kld_mean, abs=BATCHING_NATS)
+    assert theirs.kld_error == pytest.approx(e.kld_error, abs=BATCHING_NATS)
+    assert theirs.kld_99 == pytest.approx(e.kld_99, abs=step)
+    assert theirs.kld_max == pytest.approx(e.kld_max, abs=step)
     # a tie within the rounding may fall the other way
-    assert theirs("Same top p")[0] / 100 == pytest.approx(e.same_top, abs=2 * one_flip)
+    assert theirs.same_top == pytest.approx(e.same_top, abs=2 * one_flip)
+    assert theirs.skipped == 0
 
 
 def test_what_cannot_be_evaluated(files, tmp_path):
