@@ -38,6 +38,8 @@ from moe2gguf.source import Source, expert_axis, layer_of, open_source
 
 GIB = 1 << 30
 F32_BYTES = 4
+# of one expert at a time
+SPEED_TOKENS = 512
 # interpreter, torch and the libraries, before any tensor
 BASE_BYTES = GIB // 2
 # numba and what it compiles
@@ -98,7 +100,7 @@ def make_plan(
     stats = None if prune_share else statistics_at_hand(source, calibration, work)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     allocation, _ = fit_budget(source, stats, table, budget, choice)
-    matrix_flops, encode_rate = _speeds()
+    matrix_flops, encode_rate = _speeds(source)
     n_tokens = calibration.n_sequences * calibration.sequence_tokens
     n_branches = (
         1
@@ -163,8 +165,9 @@ def make_plan(
         # the pruned checkpoint, in 16 bits
         + (2 * source.n_params if prune_share else 0),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        # error feedback takes about as long as ggml's encoder; the text passes three times, and three for the routers
-        quantise_seconds=1.5 * source.n_params / encode_rate
+        # error feedback takes up to three times as long as ggml's encoder, by the type; the text passes three times, and
+        # three for the routers
+        quantise_seconds=2.5 * source.n_params / encode_rate
         + (6 * 2 * active * n_tokens + moments_flops + router_flops) / matrix_flops,
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
@@ -214,13 +217,17 @@ def _active_params(source: Source) -> float:
     )
 
 
-def _speeds() -> tuple[float, float]:
-    """Floating-point operations per second of a matrix product, and weights per second of an IQ2_XXS encoding."""
-    a_NN = torch.ones(1024, 1024)
+def _speeds(source: Source) -> tuple[float, float]:
+    """Floating-point operations per second of the model's own matrix products, small ones being slower, and weights
+    per second of an IQ2_XXS encoding."""
+    expert = next(t for t in source.tensors if expert_axis(t.name) is not None and t.quantisable)
+    x_TK, weight_KN = torch.ones(SPEED_TOKENS, expert.shape[2]), torch.ones(expert.shape[2], expert.shape[1])
+    flops_of_one = 2 * SPEED_TOKENS * weight_KN.numel()
+    n_times = max(2, int(4e9 / flops_of_one))
     start = time.perf_counter()
-    for _ in range(8):
-        a_NN = a_NN @ a_NN / 1024
-    flops = 8 * 2 * 1024**3 / (time.perf_counter() - start)
+    for _ in range(n_times):
+        torch.nn.functional.silu(x_TK @ weight_KN)
+    flops = n_times * flops_of_one / (time.perf_counter() - start)
     weight_RK = np.random.default_rng(0).standard_normal((512, 256), np.float32)
     ggml.encode(weight_RK[:1], QuantType.IQ2_XXS)  # the first call builds the codebook's tables
     start = time.perf_counter()
