@@ -165,7 +165,7 @@ def make_plan(
         # the pruned checkpoint, in 16 bits
         + (2 * source.n_params if prune_share else 0),
         calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        # error feedback takes up to three times as long as ggml's encoder, by the type; the text passes three times, and
+        # error feedback takes up to three times as long as ggml's encoder, by type; the text passes three times, and
         # three for the routers
         quantise_seconds=2.5 * source.n_params / encode_rate
         + (6 * 2 * active * n_tokens + moments_flops + router_flops) / matrix_flops,
