@@ -465,8 +465,10 @@ class _Bench:
     def skip_points(self, file: _File, base_run: BaseRun) -> tuple[SkipPoint, ...]:
         """The thresholds of the file, scaled."""
         points = []
+        rows = {0.0: "grouped", 1.0: "skipping"}  # measured for their rows
         for strength in SKIP_STRENGTHS:
-            found = self._divergence(file, base_run, strength, f"skip-{strength:g}")
+            step = f"{file.budget}-{rows.get(strength, f'skipping-{strength:g}')}-divergence"
+            found = self._divergence(file, base_run, strength, step)
             assert found.skipped is not None
             points.append(SkipPoint(strength, found.skipped, found.kld_mean))
         return tuple(points)

@@ -125,7 +125,7 @@ def plot_experts(bits_LE: np.ndarray, share_LE: np.ndarray, layers: Sequence[int
 def _axes(n_panels: int) -> tuple[Figure, Sequence[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0 + 3.6 * (n_panels - 1), 3.2), layout="constrained")
+    figure = Figure(figsize=(6.6 + 3.4 * (n_panels - 1), 3.2), layout="constrained")
     return figure, [figure.add_subplot(1, n_panels, i + 1) for i in range(n_panels)]
 
 
@@ -139,7 +139,7 @@ def _draw_series(axes: Any, series: Series, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label)
     axes.grid(True, which="major", color="0.88")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _save(draw: Callable[[], Figure], path: Path) -> None:
