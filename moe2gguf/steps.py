@@ -14,7 +14,8 @@ class Steps:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.n_found = 0  # steps that were found done
+        self.n_found = 0  # steps that an earlier run had done
+        self._seen: set[str] = set()  # asked for in this one
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(
@@ -27,10 +28,12 @@ class Steps:
         if record.exists() and all(path.exists() for path in outputs):
             found = json.loads(record.read_text(encoding="utf-8"))
             if found["inputs"] == wanted and found["outputs"] == [_identity(path) for path in outputs]:
-                self.n_found += 1
+                self.n_found += name not in self._seen
+                self._seen.add(name)
                 return found["result"]
         record.unlink(missing_ok=True)
         result = work()
+        self._seen.add(name)
         done = {"inputs": wanted, "outputs": [_identity(path) for path in outputs], "result": result}
         aside = record.with_name(f".{record.name}.partial")
         aside.write_text(json.dumps(done, indent=1), encoding="utf-8")

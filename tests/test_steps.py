@@ -58,3 +58,13 @@ def test_what_fails_is_not_remembered(tmp_path: Path) -> None:
         steps.run("one", {"n": 2}, [], fails)
     assert steps.run("one", {"n": 1}, [], lambda: {"n": 3}) == {"n": 3}
     assert steps.n_found == 0
+
+
+def test_only_what_an_earlier_run_did_counts_as_found(tmp_path: Path) -> None:
+    first, second = Steps(tmp_path), Steps(tmp_path)
+    for _ in range(2):
+        first.run("one", {}, [], lambda: {})
+    assert first.n_found == 0
+    for _ in range(2):
+        second.run("one", {}, [], lambda: {})
+    assert second.n_found == 1
