@@ -231,3 +231,43 @@ def test_later_layers_are_fitted_to_what_reaches_them(
                 stream.run(1, layer, hidden_SLD)
     torch.testing.assert_close(second_found, capture.routed()[0], rtol=1e-4, atol=1e-4)
     assert (second - second_found).norm() > 0.01 * second.norm()
+
+
+@pytest.mark.parametrize("limit", ["CHUNK_BYTES", "CHUNK_INPUT_BYTES"])
+def test_one_expert_at_a_time_gives_the_same(
+    limit: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = every_expert(QuantType.IQ2_XXS, (0,))
+    together, alone = Spool(tmp_path / "together"), Spool(tmp_path / "alone")
+    encode(tiny("mixtral"), types, together)
+    monkeypatch.setattr(stage, limit, 1)
+    chunks = []
+    of_work = stage._LayerWork._chunks
+    monkeypatch.setattr(stage._LayerWork, "_chunks", lambda work: chunks.append([*of_work(work)]) or chunks[-1])
+    encode(tiny("mixtral"), types, alone)
+    assert chunks == [[range(e, e + 1) for e in range(N_EXPERTS)]]
+    for layer, matrix, expert in types:
+        # sums of a batch may round otherwise than those of one: a near tie may fall the other way
+        same = together.get(layer, matrix, expert) == alone.get(layer, matrix, expert)
+        assert same.mean() > 0.99
+
+
+def test_tokens_beyond_the_most_are_from_all_of_the_text(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Inputs] = []
+    of_work = stage._LayerWork._gate_up_inputs
+    monkeypatch.setattr(
+        stage._LayerWork, "_gate_up_inputs", lambda work, e: given.append(of_work(work, e)) or given[-1]
+    )
+    types = every_expert(QuantType.IQ2_XXS, (0,))
+    encode(tiny("mixtral"), types, Spool(tmp_path / "all"))
+    every = given.copy()
+    given.clear()
+    monkeypatch.setattr(stage, "MAX_EXPERT_TOKENS", 40)
+    encode(tiny("mixtral"), types, Spool(tmp_path / "few"))
+    n_sample = TOKENS_SL.size  # of the layer: so short a text is all of it
+    for whole, few in zip(every, given, strict=True):
+        n_own = len(whole.exact_nK) - n_sample
+        assert n_own > 40 and len(few.exact_nK) == 40 + n_sample == len(few.weight_n)
+        assert torch.equal(few.exact_nK[[0, 39]], whole.exact_nK[[0, n_own - 1]])

@@ -20,6 +20,9 @@ CASES = [
     *(pytest.param(model_type, {}, id=model_type) for model_type in MODEL_TYPES),
     pytest.param("gpt_oss", {"mxfp4": True}, id="gpt_oss-mxfp4"),
     pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="tied"),
+    # experts are fused in the type that they are stored in
+    pytest.param("qwen3_moe", {"dtype": torch.float16}, id="f16"),
+    pytest.param("qwen3_moe", {"dtype": torch.float32}, id="f32"),
 ]
 # longer than the sliding windows of 32, than phimoe's and gpt_oss' original positions
 TOKENS_BL = torch.randint(0, N_VOCAB - 1, (3, 48), generator=torch.Generator().manual_seed(0))
