@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from moe2gguf.experts import ExpertBlock
 
@@ -48,16 +49,10 @@ class MatrixCapture:
         return torch.cat(self._samples)
 
 
-class LayerCapture:
-    """Hooks on one decoder layer: inputs of its linear modules, and everything its experts are given."""
+class ExpertsCapture:
+    """Hooks on one layer's experts: everything that they are given."""
 
-    def __init__(self, layer: nn.Module, block: ExpertBlock | None):
-        self.matrices = {
-            name: MatrixCapture(module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)
-        }
-        if block is not None:
-            # routers built on nn.Linear are not quantised
-            self.matrices = {n: m for n, m in self.matrices.items() if m.module.weight is not block.router_ED}
+    def __init__(self, block: ExpertBlock | None):
         self._block = block
         self._x: list[torch.Tensor] = []
         self._ids: list[torch.Tensor] = []
@@ -65,14 +60,17 @@ class LayerCapture:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handles = [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()]
-        if self._block is not None:
-            handles.append(self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True))
+        handles = self._listen()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _listen(self) -> list[RemovableHandle]:
+        if self._block is None:
+            return []
+        return [self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True)]
 
     def _see_experts(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         # every experts module takes hidden states, ids and gate weights, in this order, under various names
@@ -88,6 +86,22 @@ class LayerCapture:
     def selected(self) -> torch.Tensor:
         """ids i64 (T, K)"""
         return _joined(self._ids)
+
+
+class LayerCapture(ExpertsCapture):
+    """And on the layer's linear modules."""
+
+    def __init__(self, layer: nn.Module, block: ExpertBlock | None):
+        super().__init__(block)
+        self.matrices = {
+            name: MatrixCapture(module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)
+        }
+        if block is not None:
+            # routers built on nn.Linear are not quantised
+            self.matrices = {n: m for n, m in self.matrices.items() if m.module.weight is not block.router_ED}
+
+    def _listen(self) -> list[RemovableHandle]:
+        return [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()] + super()._listen()
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe2gguf import backend, feedback, ggml
-from moe2gguf.capture import LayerCapture, tokens_of
+from moe2gguf.capture import ExpertsCapture, tokens_of
 from moe2gguf.codec import CODECS
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
@@ -70,20 +70,31 @@ class Moments:
     cross_EKK: torch.Tensor  # of exact foundᵀ
 
 
-def moments(inputs: Sequence[Inputs], held_out_too: bool, device: torch.device) -> Moments:
-    chosen = [torch.ones_like(i.held_out_n) if held_out_too else ~i.held_out_n for i in inputs]
-
-    def gathered(name: str) -> torch.Tensor:
-        return torch.cat([getattr(i, name)[of] for i, of in zip(inputs, chosen, strict=True)]).to(device)
-
-    found_nK, weights = gathered("found_nK"), [i.weight_n[of] for i, of in zip(inputs, chosen, strict=True)]
-    weight_n = torch.cat([w / w.sum().clamp_min(1e-20) for w in weights]).to(device)
-    offset_E1 = torch.tensor([0, *(len(w) for w in weights)]).cumsum(0).to(device)
-    slot_n = torch.arange(len(weight_n), device=device)
-    return Moments(
-        backend.moments(found_nK, slot_n, offset_E1, weight_n),
-        backend.moments(found_nK, slot_n, offset_E1, weight_n, gathered("exact_nK"), slot_n),
+def moments(inputs: Sequence[Inputs], device: torch.device) -> tuple[Moments, Moments]:
+    """Of the tokens that are not held out, and of all."""
+    found_nK = torch.cat([i.found_nK for i in inputs]).to(device)
+    exact_nK = torch.cat([i.exact_nK for i in inputs]).to(device)
+    weight_n = torch.cat([i.weight_n / i.weight_n.sum().clamp_min(1e-20) for i in inputs]).to(device)
+    held_out_n = torch.cat([i.held_out_n for i in inputs]).to(device)
+    expert_n = torch.arange(len(inputs), device=device).repeat_interleave(
+        torch.tensor([len(i.weight_n) for i in inputs], device=device)
     )
+
+    def of(part_n: torch.Tensor, hessian_EKK: torch.Tensor | None, cross_EKK: torch.Tensor | None) -> Moments:
+        slot_n = part_n.nonzero()[:, 0]
+        offset_E1 = torch.bincount(expert_n[slot_n] + 1, minlength=len(inputs) + 1).cumsum(0)
+        own_n = weight_n[slot_n]
+        return Moments(
+            backend.moments(found_nK, slot_n, offset_E1, own_n, total_EMK=hessian_EKK),
+            backend.moments(found_nK, slot_n, offset_E1, own_n, exact_nK, slot_n, total_EMK=cross_EKK),
+        )
+
+    fit = of(~held_out_n, None, None)
+    whole = of(held_out_n, fit.hessian_EKK.clone(), fit.cross_EKK.clone())
+    share_E = torch.zeros(len(inputs), device=device).index_add_(0, expert_n, weight_n * ~held_out_n)
+    for total_EKK in (fit.hessian_EKK, fit.cross_EKK):
+        total_EKK /= share_E.clamp_min(1e-20)[:, None, None]
+    return fit, whole
 
 
 @torch.inference_mode()
@@ -107,8 +118,8 @@ def encode_experts(
     with ggml.encoding_threads(n_threads) as pool:
         streams = Streams(stream, tokens_SL, matrices, pool, progress)
         for index in range(max(missing) + 1):
-            with streams.layer(index) as (layer, block):
-                exact, found = LayerCapture(layer, block), LayerCapture(layer, block)
+            with streams.layer(index) as (_, block):
+                exact, found = ExpertsCapture(block), ExpertsCapture(block)
                 with exact.listening():
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
@@ -116,7 +127,7 @@ def encode_experts(
                     own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
                     if index in missing:
                         with found.listening():
-                            streams.look()
+                            streams.look(block)
                         # no name for it: it must be gone before the next layer's activations come
                         spool.put(
                             index,
@@ -133,8 +144,8 @@ class _LayerWork:
     def __init__(
         self,
         block: ExpertBlock,
-        exact: LayerCapture,
-        found: LayerCapture,
+        exact: ExpertsCapture,
+        found: ExpertsCapture,
         length: int,
         affinity: str,
         device: torch.device,
@@ -237,7 +248,7 @@ class _LayerWork:
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """-> by matrix and expert, blocks uint8 (N, B) and what they decode to."""
         experts = list(inputs)
-        fit, whole = (moments(list(inputs.values()), held_out_too, self._device) for held_out_too in (False, True))
+        fit, whole = moments(list(inputs.values()), self._device)
         rows = {
             key: torch.linspace(0, len(weight) - 1, min(SAMPLE_ROWS, len(weight))).round().long()
             for key, weight in weights.items()

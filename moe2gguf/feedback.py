@@ -33,8 +33,8 @@ from moe2gguf.walk import chosen, feed_back
 ROWS_PER_JOB = 2048
 # the first takes most of what there is to gain
 SWEEPS = 2
-# up to so many columns by substitution
-SMALL_TRIANGLE = 256
+# columns that are factored, and substituted, at a time
+PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,49 @@ def curvature(hessian_EKK: torch.Tensor, damping: float) -> Curvature:
     mean_E = diagonal_EK.mean(-1)
     # an expert that nothing was seen of has no Hessian: all columns count alike
     diagonal_EK += torch.where(mean_E > 0, damping * mean_E, 1.0)[:, None]
-    return Curvature(damped_EKK.float(), inverse_factor(damped_EKK))
+    return Curvature(damped_EKK.float(), _into_inverse_factor(damped_EKK))
 
 
 def inverse_factor(hessian_EKK: torch.Tensor) -> torch.Tensor:
     """U upper triangular with UᵀU = H⁻¹, f32 (E, K, K); a factor of H is found in its own precision."""
-    # with the order of the columns turned round twice, H = R Rᵀ with R upper triangular, and U = R⁻¹
-    root_EKK = torch.linalg.cholesky(hessian_EKK.flip(1, 2)).flip(1, 2).float()
-    return _triangle_inverse(root_EKK)
+    return _into_inverse_factor(hessian_EKK.clone())
 
 
-def _triangle_inverse(upper_EKK: torch.Tensor) -> torch.Tensor:
+def _into_inverse_factor(hessian_EKK: torch.Tensor) -> torch.Tensor:
+    # H = R Rᵀ with R upper triangular, and U = R⁻¹
+    _into_root(hessian_EKK)
+    factor_EKK = hessian_EKK.triu_().float()
+    _into_inverse(factor_EKK)
+    return factor_EKK
+
+
+def _into_root(hessian_EKK: torch.Tensor) -> None:
+    """By panels from the last, in products, which take a fraction of LAPACK's time; below the diagonal H stays."""
+    n_columns = hessian_EKK.shape[-1]
+    for stop in range(n_columns, 0, -PANEL):
+        start = max(0, stop - PANEL)
+        left_EKP = hessian_EKK[:, :stop, start:stop]
+        if stop < n_columns:
+            left_EKP -= hessian_EKK[:, :stop, stop:] @ hessian_EKK[:, start:stop, stop:].mT
+        corner_EPP = torch.linalg.cholesky(left_EKP[:, start:].flip(1, 2)).flip(1, 2)
+        left_EKP[:, start:] = corner_EPP
+        if start:
+            above_EKP = left_EKP[:, :start]
+            above_EKP.copy_(torch.linalg.solve_triangular(corner_EPP.mT, above_EKP, upper=False, left=False))
+
+
+def _into_inverse(upper_EKK: torch.Tensor) -> None:
     """By halves, whose products take less time than substitution."""
     n_columns = upper_EKK.shape[-1]
-    if n_columns <= SMALL_TRIANGLE:
-        return torch.linalg.solve_triangular(upper_EKK, torch.eye(n_columns, device=upper_EKK.device), upper=True)
+    if n_columns <= PANEL:
+        one_KK = torch.eye(n_columns, device=upper_EKK.device)
+        upper_EKK.copy_(torch.linalg.solve_triangular(upper_EKK, one_KK, upper=True))
+        return
     first, second = slice(n_columns // 2), slice(n_columns // 2, n_columns)
-    inverse_EKK = torch.zeros_like(upper_EKK)
     for own in (first, second):
-        inverse_EKK[:, own, own] = _triangle_inverse(upper_EKK[:, own, own])
-    beside_EKK = inverse_EKK[:, first, first] @ upper_EKK[:, first, second]
-    inverse_EKK[:, first, second] = -(beside_EKK @ inverse_EKK[:, second, second])
-    return inverse_EKK
+        _into_inverse(upper_EKK[:, own, own])
+    beside_EKK = upper_EKK[:, first, first] @ upper_EKK[:, first, second]
+    upper_EKK[:, first, second] = -(beside_EKK @ upper_EKK[:, second, second])
 
 
 def quantize(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe2gguf import backend, ggml
-from moe2gguf.capture import LayerCapture
+from moe2gguf.capture import ExpertsCapture
 from moe2gguf.probes import mean_kl
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
@@ -143,15 +143,15 @@ def calibrate_routers(
         streams = Streams(stream, tokens_SL, matrices, pool, progress)
         trials = Trials(streams.found_SLD[held_out_S].clone(), States(TRIALS_BYTES, spool.folder))
         for index in range(stream.n_layers):
-            with streams.layer(index) as (layer, block):
-                exact, found = LayerCapture(layer, block), LayerCapture(layer, block)
+            with streams.layer(index) as (_, block):
+                exact, found = ExpertsCapture(block), ExpertsCapture(block)
                 with exact.listening():
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
                 if block is not None and index in layers:
                     put_back(block, {(m, e): t for (l, m, e), t in types.items() if l == index}, spool, index)
                     with found.listening():
-                        streams.look()
+                        streams.look(block)
                     (exact_TD, exact_ids_TK, _), (found_TD, found_ids_TK, _) = exact.routed(), found.routed()
                     streams.say("router", 0, 1)
                     n_selected = found_ids_TK.shape[1]
@@ -161,7 +161,7 @@ def calibrate_routers(
                     if best is not None:
                         fits[index] = best
                         block.router_ED.copy_(best.router_ED)
-                after = LayerCapture(layer, block)
+                after = ExpertsCapture(block)
                 with after.listening():
                     streams.advance(streams.found_SLD)
                 trials.advance(streams.run)

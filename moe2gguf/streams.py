@@ -6,7 +6,7 @@ Shapes: S sequences, L tokens of each, B sequences at a time, D hidden, V vocabu
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 import numpy as np
@@ -37,6 +37,10 @@ class Matrix:
 # beside the experts, by the name of the module: "layers.0.self_attn.q_proj", "embed_tokens"
 Matrices = Mapping[str, Matrix]
 NO_MATRICES: Matrices = MappingProxyType({})
+
+
+class _Reached(Exception):
+    """The experts have been given their tokens."""
 
 
 class Streams:
@@ -82,10 +86,19 @@ class Streams:
         for hidden_BLD in self._batches(hidden_SLD):
             hidden_BLD.copy_(self._stream.run(self._index, self._layer, hidden_BLD))
 
-    def look(self) -> None:
-        """What is quantised so far through the layer, for those who listen."""
-        for hidden_BLD in self._batches(self.found_SLD):
-            self._stream.run(self._index, self._layer, hidden_BLD)
+    def look(self, block: ExpertBlock) -> None:
+        """What is quantised so far through the layer as far as its experts, for those who listen to what they get."""
+
+        def stop(_module: nn.Module, _args: tuple) -> None:
+            raise _Reached
+
+        handle = block.module.register_forward_pre_hook(stop)
+        try:
+            for hidden_BLD in self._batches(self.found_SLD):
+                with suppress(_Reached):
+                    self._stream.run(self._index, self._layer, hidden_BLD)
+        finally:
+            handle.remove()
 
     def run(self, hidden_SLD: torch.Tensor) -> torch.Tensor:
         hidden_SLD = hidden_SLD.clone()

@@ -70,7 +70,7 @@ def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
     """Token by token: the expert's own with its gate weights, the layer's with the belief of 32 tokens."""
     expert, power = 2, stage.AFFINITIES.index(affinity)
     given = layer.work(affinity)._gate_up_inputs(expert)
-    hessian_KK = stage.moments([given], True, torch.device("cpu")).hessian_EKK[0]
+    hessian_KK = stage.moments([given], torch.device("cpu"))[1].hessian_EKK[0]
 
     x_TD, ids_TK, gates_TK = layer.capture.routed()
     own = [(x_TD[t].double(), float(gates_TK[t, k]) ** power) for t, k in (ids_TK == expert).nonzero().tolist()]
@@ -82,6 +82,24 @@ def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
 
     expected_KK = (len(own) * mean(own) + 32 * mean(others)) / (len(own) + 32)
     torch.testing.assert_close(hessian_KK.double(), expected_KK, rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_what_is_not_held_out_and_of_all() -> None:
+    """Experts with different numbers of tokens, one of them with none held out."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = [
+        Inputs(
+            *(torch.randn(n, 5, generator=rng) for _ in range(2)), torch.rand(n, generator=rng), torch.arange(n) > kept
+        )
+        for n, kept in ((7, 4), (3, 3), (12, 6))
+    ]
+    fit, whole = stage.moments(inputs, torch.device("cpu"))
+    for e, given in enumerate(inputs):
+        for found, chosen_n in ((fit, ~given.held_out_n), (whole, torch.ones_like(given.held_out_n))):
+            exact_nK, found_nK = given.exact_nK[chosen_n].double(), given.found_nK[chosen_n].double()
+            share_n1 = (given.weight_n[chosen_n] / given.weight_n[chosen_n].sum()).double()[:, None]
+            torch.testing.assert_close(found.hessian_EKK[e].double(), (share_n1 * found_nK).T @ found_nK)
+            torch.testing.assert_close(found.cross_EKK[e].double(), (share_n1 * exact_nK).T @ found_nK)
 
 
 @torch.inference_mode()
@@ -107,7 +125,7 @@ def test_down_is_fitted_to_what_it_will_be_given() -> None:
     weight_n = torch.rand(300, generator=rng)
     weight_NK = torch.randn(5, 8, generator=rng)
     inputs = Inputs(exact_nK, found_nK, weight_n, torch.zeros(300, dtype=torch.bool))
-    found = stage.moments([inputs], True, torch.device("cpu"))
+    _, found = stage.moments([inputs], torch.device("cpu"))
     hessian_KK = found.hessian_EKK[0]
     factor_EKK = feedback.curvature(found.hessian_EKK, 0.1).factor_EKK
     found_NK = stage._fitted(weight_NK[None], found.hessian_EKK, found.cross_EKK, factor_EKK)[0]
@@ -151,7 +169,7 @@ def test_ggmls_bytes_stay_where_feedback_is_worse(layer: Layer, monkeypatch: pyt
     blocks, outcomes = work.encode(types, lambda *_: None)
     assert all(outcome.damping is None and outcome.error == 1 for outcome in outcomes)
     given = work._gate_up_inputs(1)
-    hessian_KK = stage.moments([given], True, torch.device("cpu")).hessian_EKK[0]
+    hessian_KK = stage.moments([given], torch.device("cpu"))[1].hessian_EKK[0]
     gate_ID, _ = layer.block.gate_up(1).chunk(2)
     expected = ggml.encode(gate_ID.numpy(), QuantType.Q3_K, hessian_KK.diagonal().numpy())
     np.testing.assert_array_equal(blocks["gate", 1], expected)
