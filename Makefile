@@ -10,6 +10,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # what the runtime is built with beside the CPU: --cuda, --vulkan
 RUNTIME_FLAGS ?=
 
+# how many tests run side by side, each on its share of the cores
+TEST_JOBS ?= 2
+
 # full: five budgets, all methods
 BENCH ?= quick
 
@@ -50,8 +53,9 @@ setup: runtime
 demo: setup
 	$(BIN)/moe2gguf demo
 
+# a file's tests share what its first ones make
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # mypy needs the gguf of the runtime's tree, newer than the registry's of the same version
 check: setup
