@@ -49,7 +49,7 @@ class MatrixCapture:
         return torch.cat(self._samples)
 
 
-class ExpertsCapture:
+class ExpertCapture:
     """Hooks on one layer's experts: everything that they are given."""
 
     def __init__(self, block: ExpertBlock | None):
@@ -60,14 +60,14 @@ class ExpertsCapture:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handles = self._listen()
+        handles = self._hooks()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _listen(self) -> list[RemovableHandle]:
+    def _hooks(self) -> list[RemovableHandle]:
         if self._block is None:
             return []
         return [self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True)]
@@ -88,7 +88,7 @@ class ExpertsCapture:
         return _joined(self._ids)
 
 
-class LayerCapture(ExpertsCapture):
+class LayerCapture(ExpertCapture):
     """And on the layer's linear modules."""
 
     def __init__(self, layer: nn.Module, block: ExpertBlock | None):
@@ -100,8 +100,8 @@ class LayerCapture(ExpertsCapture):
             # routers built on nn.Linear are not quantised
             self.matrices = {n: m for n, m in self.matrices.items() if m.module.weight is not block.router_ED}
 
-    def _listen(self) -> list[RemovableHandle]:
-        return [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()] + super()._listen()
+    def _hooks(self) -> list[RemovableHandle]:
+        return [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()] + super()._hooks()
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

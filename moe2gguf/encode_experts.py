@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe2gguf import backend, feedback, ggml
-from moe2gguf.capture import ExpertsCapture, tokens_of
+from moe2gguf.capture import ExpertCapture, tokens_of
 from moe2gguf.codec import CODECS
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
@@ -119,7 +119,7 @@ def encode_experts(
         streams = Streams(stream, tokens_SL, matrices, pool, progress)
         for index in range(max(missing) + 1):
             with streams.layer(index) as (_, block):
-                exact, found = ExpertsCapture(block), ExpertsCapture(block)
+                exact, found = ExpertCapture(block), ExpertCapture(block)
                 with exact.listening():
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
@@ -144,8 +144,8 @@ class _LayerWork:
     def __init__(
         self,
         block: ExpertBlock,
-        exact: ExpertsCapture,
-        found: ExpertsCapture,
+        exact: ExpertCapture,
+        found: ExpertCapture,
         length: int,
         affinity: str,
         device: torch.device,

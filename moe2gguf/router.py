@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe2gguf import backend, ggml
-from moe2gguf.capture import ExpertsCapture
+from moe2gguf.capture import ExpertCapture
 from moe2gguf.probes import mean_kl
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
@@ -144,7 +144,7 @@ def calibrate_routers(
         trials = Trials(streams.found_SLD[held_out_S].clone(), States(TRIALS_BYTES, spool.folder))
         for index in range(stream.n_layers):
             with streams.layer(index) as (_, block):
-                exact, found = ExpertsCapture(block), ExpertsCapture(block)
+                exact, found = ExpertCapture(block), ExpertCapture(block)
                 with exact.listening():
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
@@ -161,7 +161,7 @@ def calibrate_routers(
                     if best is not None:
                         fits[index] = best
                         block.router_ED.copy_(best.router_ED)
-                after = ExpertsCapture(block)
+                after = ExpertCapture(block)
                 with after.listening():
                     streams.advance(streams.found_SLD)
                 trials.advance(streams.run)
