@@ -34,11 +34,13 @@ VARIANTS = (
     Variant("pmq", router="none"),
     Variant(router="none"),
     DEFAULT,
-    Variant(calibrated_on="sample"),
     Variant(calibrated_on="ebss"),
-    Variant(calibrated_on="other"),
     Variant(affinity="none"),
     Variant(affinity="gate2"),
+)
+MORE = (
+    Variant(calibrated_on="sample"),
+    Variant(calibrated_on="other"),
     Variant(router="none", feedback=False),
     Variant(layout="stock"),
 )
@@ -51,6 +53,7 @@ VARIANTS = (
 @click.option("--other-text", type=click.Path(exists=True, path_type=Path), multiple=True, help="Of another domain.")
 @click.option("--text", type=click.Path(exists=True, path_type=Path), multiple=True, help="[default: CPython's own]")
 @click.option("--bits", default="2.06,2.3,2.54,3.03,3.5", show_default=True)
+@click.option("--more-at", default=2.54, show_default=True, help="Of these bits, more variants.")
 @click.option("--chunks", default=16, show_default=True, help="Of 512 tokens, of each text.")
 def main(
     model: str,
@@ -59,6 +62,7 @@ def main(
     other_text: tuple[Path, ...],
     text: tuple[Path, ...],
     bits: str,
+    more_at: float,
     chunks: int,
 ) -> None:
     texts = {path.stem: path.read_text(encoding="utf-8") for path in text} or {"CPython": held_out_text(chunks * 3000)}
@@ -75,7 +79,7 @@ def main(
     click.echo(f"| bits | bytes | {' | '.join(names)} |{heads} mean KLD |")
     click.echo("|---:|---:|" + "---|" * len(names) + "---:|" * (3 * len(texts) + 1))
     for wanted in (float(x) for x in bits.split(",")):
-        for variant in VARIANTS:
+        for variant in VARIANTS + (MORE if wanted == more_at else ()):
             if variant.calibrated_on == "other" and not other_text:
                 continue
             values = [str(value) for value in vars(variant).values()]
