@@ -698,23 +698,26 @@ def bench(model: str, bits: tuple[float, ...] | None, quick: bool, folder: Path,
 
 
 @main.command()
-@click.argument("record", type=_existing_file)
+@click.argument("records", metavar="RECORD...", type=_existing_file, nargs=-1, required=True)
 @click.option(
     "--into",
     type=_existing_file,
     multiple=True,
     help="README.md takes the short table, any other document the whole, between <!-- bench:begin --> and its end.",
 )
-def report(record: Path, into: tuple[Path, ...]) -> None:
-    """Tables and pictures of a benchmark's RECORD, beside it, without measuring anything."""
+def report(records: tuple[Path, ...], into: tuple[Path, ...]) -> None:
+    """Tables and pictures of a benchmark's RECORD, beside it, without measuring anything.
+
+    Of further records, documents have their part of a table of all models.
+    """
     from moe2gguf.record import load_record
     from moe2gguf.report import document_blocks, write_into, write_report
 
-    loaded = load_record(record)
-    for path in write_report(loaded, record.parent, record.stem):
+    first, *others = (load_record(path) for path in records)
+    for path in write_report(first, records[0].parent, records[0].stem):
         click.echo(path)
     for document in into:
-        write_into(document, document_blocks(loaded, record, document))
+        write_into(document, document_blocks(first, records[0], document, others))
         click.echo(document)
 
 

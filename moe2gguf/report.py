@@ -62,12 +62,12 @@ def write_report(record: Record, folder: Path, stem: str = "bench") -> tuple[Pat
     return markdown, page
 
 
-def document_blocks(record: Record, record_path: Path, document: Path) -> list[Block]:
-    """A README has the one table; any other document has all, with the pictures beside the record."""
+def document_blocks(record: Record, record_path: Path, document: Path, others: Sequence[Record] = ()) -> list[Block]:
+    """A README has the one table; any other document has all, with the pictures beside the record, and others' KLD."""
     if document.name == "README.md":
         return summary(record)
     pictures = os.path.relpath(record_path.resolve().with_suffix(""), document.resolve().parent)
-    return full_report(record, Path(pictures).as_posix())
+    return full_report(record, Path(pictures).as_posix()) + (comparison([record, *others]) if others else [])
 
 
 def write_into(document: Path, blocks: Sequence[Block]) -> None:
@@ -243,6 +243,36 @@ def speed_table(record: Record) -> Table:
     return Table(("file", "prompt, tokens/s", "×", "decode, tokens/s", "×", "time", "peak memory"), tuple(rows))
 
 
+def comparison(records: Sequence[Record]) -> list[Block]:
+    """Models against each other: KL divergence by method, and in parts of the searched types'."""
+    rows = []
+    for record in records:
+        for budget in record.budgets:
+            by_method = {row.method: _measured(row) for row in record.of_budget(budget)}
+            searched = by_method.get("search")
+            cells = [record.data.model, budget, f"{record.preset(budget).file_bytes:,}"]
+            for method in ("preset", "search", "stock", "grouped"):
+                d = by_method.get(method)
+                cells.append(f"{d.kld_mean:.5f} ± {d.kld_error:.5f}" if d else "")
+                if method in ("stock", "grouped"):
+                    cells.append(f"{d.kld_mean / searched.kld_mean:.2f}" if d and searched else "")
+            rows.append(tuple(cells))
+    headers = ("model", "in the bytes of", "bytes", "preset", "searched types", "stock", "×", "grouped", "×")
+    blocks: list[Block] = [
+        Paragraph("Mean KLD of this and other models; ×: over that of searched types:"),
+        Table(headers, tuple(rows), n_text=2),
+    ]
+    for record in records[1:]:
+        run, data = record.base_run, record.data
+        blocks.append(
+            Paragraph(
+                f"{data.model}: {data.n_params:,} parameters, perplexity {run.perplexity:.2f} ± "
+                f"{run.perplexity_error:.2f} in BF16. {_tokens(record)}. {_where(record)}"
+            )
+        )
+    return blocks
+
+
 def _label(row: Row) -> str:
     if row.method == "preset":
         return f"**{METHODS[row.method]} {row.budget}**"
@@ -275,11 +305,15 @@ def _ratios(record: Record) -> str:
 
 
 def _what(record: Record) -> str:
+    return f"{_tokens(record)}, and none has more bytes than the preset in bold above it."
+
+
+def _tokens(record: Record) -> str:
     data, run = record.data, record.base_run
     return (
         f"{data.text}: {run.n_tokens:,} predictions in {run.n_chunks} chunks of {data.n_ctx} tokens, ± one standard "
         f"error; all calibrated on the same {data.calibration_tokens:,} tokens ({data.calibration_text}, seed "
-        f"{data.seed}), and none has more bytes than the preset in bold above it."
+        f"{data.seed})"
     )
 
 

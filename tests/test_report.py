@@ -27,6 +27,7 @@ from moe2gguf.record import (
 from moe2gguf.report import (
     BEGIN,
     END,
+    comparison,
     document_blocks,
     full_report,
     quality_table,
@@ -39,6 +40,7 @@ from moe2gguf.report import (
 
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "benchmarks" / "demo.json"
+OTHERS = [path for path in sorted(RECORDED.parent.glob("*.json")) if path != RECORDED]
 
 
 def row(method: str, budget: str, n_bytes: int, kld: float | None, decode: float) -> Row:
@@ -187,8 +189,24 @@ def test_rows_without_a_search_or_a_quartile(record: Record) -> None:
     assert "searched" not in text and "Not there" not in text and "lm-evaluation" not in text
 
 
+def test_several_models_are_compared_by_budget(record: Record, tmp_path: Path) -> None:
+    without_search = tuple(row for row in record.rows if (row.method, row.budget) != ("search", "IQ3_S"))
+    wide = dataclasses.replace(record, data=dataclasses.replace(record.data, model="wide"), rows=without_search)
+    text = to_markdown(comparison([record, wide]))
+    with_both = "| IQ2_XS | 300,000 | 0.10000 ± 0.00200 | 0.07500 ± 0.00150 | 0.04000 ± 0.00080 | 0.53 | 0.03000 ±"
+    assert f"| x {with_both}" in text and f"| wide {with_both}" in text
+    assert "| wide | IQ3_S | 450,000 | 0.02000 ± 0.00040 |  | 0.00800 ± 0.00016 |  | 0.00600 ± 0.00012 |  |" in text
+    assert "wide: 1,000,000 parameters, perplexity 20.25" in text and "x: 1,000,000" not in text
+    document = tmp_path / "NUMBERS.md"
+    alone, both = (to_markdown(document_blocks(record, tmp_path / "x.json", document, o)) for o in ([], [wide]))
+    assert both == alone + "\n" + text
+    readme = tmp_path / "README.md"
+    assert document_blocks(record, tmp_path / "x.json", readme, [wide]) == summary(record)
+
+
 @pytest.mark.parametrize("name", ["README.md", "BENCHMARKS.md"])
 def test_documents_hold_the_recorded_run(name: str) -> None:
     """Nobody types the table: `make bench-record` writes it."""
     document = ROOT / name
-    assert written_in(document) == to_markdown(document_blocks(load_record(RECORDED), RECORDED, document))
+    others = [load_record(path) for path in OTHERS]
+    assert written_in(document) == to_markdown(document_blocks(load_record(RECORDED), RECORDED, document, others))
