@@ -16,10 +16,14 @@ TEST_JOBS ?= 2
 # full: five budgets, all methods
 BENCH ?= quick
 
+# made out of the bundled model by scripts/train_model.py
+MODELS := mixtral8 shared32
+
 # where the patched sources are edited
 PATCHED ?= build/llama.cpp
 
-.PHONY: help setup runtime demo test check bench bench-record bench-runtime bench-gpu patches-apply patches-refresh clean
+.PHONY: help setup runtime demo test check bench bench-models bench-record bench-runtime bench-gpu \
+	patches-apply patches-refresh clean
 
 help:
 	@echo "make demo             convert the bundled model in both layouts and compare with llama-quantize"
@@ -28,7 +32,8 @@ help:
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
 	@echo "make bench            compare with llama-quantize and others at equal bytes, 20 minutes; BENCH=full: hours"
-	@echo "make bench-record     put what make bench found into benchmarks/, README.md and BENCHMARKS.md"
+	@echo "make bench-models     one budget of $(MODELS), trained first where models-out/ has none: an hour each"
+	@echo "make bench-record     put what make bench and bench-models found into benchmarks/, README.md and BENCHMARKS.md"
 	@echo "make bench-runtime    measure the runtime's speed against the targets, on a quiet machine"
 	@echo "make bench-gpu        measure the kernels' speed on a CUDA device"
 	@echo "make patches-apply    unpack the pinned sources into $(PATCHED), one commit per patch, to edit them"
@@ -66,9 +71,22 @@ check: setup
 bench: setup
 	$(BIN)/moe2gguf bench demo $(if $(filter full,$(BENCH)),,--quick)
 
+# the last file that is written
+models-out/%/tokenizer_config.json: | $(VENV)/.dependencies
+	$(BIN)/python scripts/train_model.py $* models-out
+
+bench-models: setup $(MODELS:%=models-out/%/tokenizer_config.json)
+	for model in $(MODELS); do \
+		$(BIN)/moe2gguf bench models-out/$$model --quick --bits 2.5 --rounds 1 --folder bench-out/$$model || exit; \
+	done
+
 bench-record: $(VENV)/.dependencies
 	cp bench-out/bench.json benchmarks/demo.json
-	$(BIN)/moe2gguf report benchmarks/demo.json --into README.md --into BENCHMARKS.md
+	for model in $(MODELS); do \
+		[ ! -f bench-out/$$model/bench.json ] || cp bench-out/$$model/bench.json benchmarks/$$model.json || exit; \
+	done
+	$(BIN)/moe2gguf report benchmarks/demo.json $$(ls benchmarks/*.json | grep -v /demo) \
+		--into README.md --into BENCHMARKS.md
 
 bench-runtime: setup
 	$(BIN)/python scripts/bench_runtime.py

@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, int], int
     "mixtral8": (
         transformers.MixtralConfig,
         {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512, "head_dim": 64},
-        800_000,
+        350_000,
     ),
     # many experts and a shared one
     "shared32": (
@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, int], int
             "shared_expert_intermediate_size": 256,
             "intermediate_size": 256,
         },
-        500_000,
+        300_000,
     ),
 }
 INHERITED = (
@@ -89,10 +89,10 @@ SOURCES = (
 )
 
 SEQUENCE_TOKENS = 512
-BATCH_SEQUENCES = 4
+BATCH_SEQUENCES = 2
 CALIBRATION_SEQUENCES = 16
-WARM_UP_STEPS = 20
-STEPS_PER_STATE = 50
+WARM_UP_STEPS = 30
+STEPS_PER_STATE = 100
 BALANCE = 0.01  # of the loss
 ROUTER_NOISE = 0.1
 
@@ -304,7 +304,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if step % 20 == 0:
             speed = (step - first) * tokens_BL.numel() / (time.monotonic() - started)
             click.echo(f"step {step}/{n_steps}  KLD {loss:.4f}  balance {balance:.3f}  {speed:.0f} tokens/s")
         if step % STEPS_PER_STATE == 0 or step == n_steps:
@@ -331,7 +331,7 @@ def measure(model: transformers.PreTrainedModel, ids: list[int]) -> tuple[float,
 @click.argument("name", type=click.Choice(list(MODELS)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokens", type=int, help="How many to train on [default: the model's].")
-@click.option("--rate", default=1e-3, show_default=True, help="Highest learning rate.")
+@click.option("--rate", default=7e-4, show_default=True, help="Highest learning rate.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Their number is part of the result, in the last digits.")
 def main(name: str, folder: Path, tokens: int | None, rate: float, seed: int, threads: int) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moe2gguf.cli import _Size, main
 from moe2gguf.costs import CANDIDATES
+from moe2gguf.record import load_record
 from tests.conftest import cheap_measurements
 from tests.tiny_moe import make_tiny
 
@@ -483,3 +484,15 @@ def test_what_cannot_be_reported(tmp_path):
     result = run("report", tmp_path / "bench.json")
     assert result.exit_code == 1 and "is no record of a benchmark" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_of_further_records_documents_have_a_row_for_each_budget(tmp_path):
+    recorded = REPOSITORY / "benchmarks" / "demo.json"
+    one, two = (shutil.copy(recorded, tmp_path / name) for name in ("one.json", "two.json"))
+    document = tmp_path / "NUMBERS.md"
+    document.write_text("<!-- bench:begin -->\n<!-- bench:end -->\n", encoding="utf-8")
+    assert run("report", one, two, "--into", document).exit_code == 0
+    assert document.read_text(encoding="utf-8").count("\n| demo |") == 2 * len(load_record(recorded).budgets)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {
+        f"one-{n}" for n in ("kld", "speed", "skipping", "experts")
+    }
