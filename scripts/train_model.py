@@ -93,6 +93,7 @@ BATCH_SEQUENCES = 2
 CALIBRATION_SEQUENCES = 16
 WARM_UP_STEPS = 30
 STEPS_PER_STATE = 100
+MEASURED_TOKENS = 32_768  # of each held-out text
 BALANCE = 0.01  # of the loss
 ROUTER_NOISE = 0.1
 
@@ -361,9 +362,10 @@ def main(name: str, folder: Path, tokens: int | None, rate: float, seed: int, th
         shutil.copyfile(demo / file, folder / name / file)
     model = model.float().eval()  # what the rounded weights give
     for kind, content in held_out().items():
-        ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:200_000]
+        ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:MEASURED_TOKENS]
         perplexity, share_NE = measure(model, ids)
         click.echo(f"{kind}: perplexity {perplexity:.2f} over {len(ids)} tokens, ", nl=False)
+        click.echo(f"the bundled model's {measure(teacher, ids)[0]:.2f}; ", nl=False)
         click.echo(f"experts used {share_NE.min():.2f} to {share_NE.max():.2f} times an even share")
 
 
