@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Makes one of the small MoE models of the benchmarks out of the bundled one, and trains it to predict as that does.
 
-    python scripts/train_model.py mixtral8 FOLDER      # writes FOLDER/mixtral8; an hour on one core
+    python scripts/train_model.py mixtral8 FOLDER      # writes FOLDER/mixtral8; a quarter of an hour on one core
     python scripts/train_model.py shared32 FOLDER
 
 Experts are the bundled model's, put together anew (sparse upcycling, Komatsuzaki et al. 2023); its norms of queries and
-keys, which these architectures lack, become factors. Then AdamW on the KL divergence from the bundled model's
+keys, which these architectures lack, become factors. Then Adam on the KL divergence from the bundled model's
 predictions, on text from packages (SOURCES) and CPython's own library. Held out, and measured at the end: CPython's
 reference documentation, and library modules by the MD5 of their path. A run cut off goes on from its last state, with
 the same bytes in the end as one that was not.
