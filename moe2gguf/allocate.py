@@ -4,9 +4,12 @@
     and a layer's gate_up and down have so few types each that, whichever expert has which, one order of the experts
     leaves both in at most max_groups runs of one type
 
-The last rule couples the experts of a layer. At a price λ per byte the problem falls apart into layers, so a search
+and, where speed counts, Σ seconds_uj x_uj ≤ what a decoded token may take.
+
+The rule on runs couples the experts of a layer. At a price λ per byte the problem falls apart into layers, so a search
 over λ finds each layer's best few types and a lower bound; what is left, one type out of those few for every unit, is a
-multiple-choice knapsack, which the same price all but solves, and HiGHS finishes.
+multiple-choice knapsack, which the same price all but solves, and HiGHS finishes. Seconds have a price too: it is added
+to the costs, and searched for around all of this.
 
 Shapes: U units, J types, E experts.
 """
@@ -35,6 +38,9 @@ MAX_GROUPS = 7  # GGML_MAX_MMID_GROUPS of the patched runtime
 MAX_TYPES_PER_PROJECTION = 4
 SOLVER_GAP = 1e-4
 SOLVER_NODES = 2000
+# the fastest file may have this part more predicted KL divergence than the best of the same bytes
+KL_FOR_SPEED = 0.1
+PRICE_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +57,165 @@ class Allocation:
     lower_bound_kl: float  # no allocation under the same rules does better
     source_sha256: str = ""  # of the checkpoint it is for
     recipe: str = ""  # JSON: what was asked for
+    decode_seconds: float | None = None  # predicted, of a token's matrix products; None where speed was not measured
+    best_decode_seconds: float | None = None  # of the allocation with the least KL divergence in these bytes
 
     @property
     def bits_per_weight(self) -> float:
         return self.tensor_bytes * 8 / self.n_params
 
 
-def allocate(table: CostTable, budget_bytes: int, *, max_groups: int = MAX_GROUPS) -> Allocation:
-    """The cheapest allocation whose tensors take at most budget_bytes. Raises BudgetError outside what is reachable."""
-    shared = table.layout == "stock" or max_groups == 1
-    rows = _rows(table, shared=shared)
-    cost_UJ = np.array([table.cost_UJ[row].sum(0) for row in rows])
-    bytes_UJ = np.array([table.bytes_UJ[row].sum(0) for row in rows])
-    available = budget_bytes - table.fixed_bytes
-    _check_reachable(table, cost_UJ, bytes_UJ, budget_bytes)
-    if shared:
-        blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    else:
-        blocks = _expert_blocks(table)
-    lower_bound, allowed_UJ = _best_subsets(cost_UJ, bytes_UJ, available, blocks, max_groups)
-    choice_U = _knapsack(np.where(allowed_UJ, cost_UJ, np.inf), bytes_UJ, available)
-    chosen = {table.units[member].name: table.types[j] for row, j in zip(rows, choice_U, strict=True) for member in row}
-    picked = np.arange(len(rows)), choice_U
-    return Allocation(
-        layout=table.layout,
-        types={unit.name: chosen[unit.name] for unit in table.units},
-        fixed=table.fixed,
-        budget_bytes=budget_bytes,
-        tensor_bytes=table.fixed_bytes + int(bytes_UJ[picked].sum()),
-        n_params=table.n_params,
-        predicted_kl=float(cost_UJ[picked].sum()),
-        lower_bound_kl=min(lower_bound, float(cost_UJ[picked].sum())),
+def allocate(
+    table: CostTable, budget_bytes: int, *, max_groups: int = MAX_GROUPS, seconds_budget: float = np.inf
+) -> Allocation:
+    """The cheapest allocation whose tensors take at most budget_bytes, and whose decoded token takes at most
+    seconds_budget. Raises BudgetError outside what is reachable."""
+    program = _Program.of(table, budget_bytes, max_groups)
+    best = program.solved(0.0)
+    if program.seconds(best.choice_U) <= seconds_budget:
+        return program.allocation(best.choice_U, best.bound)
+
+    def is_fast(found: _Solution) -> bool:
+        return program.seconds(found.choice_U) <= seconds_budget
+
+    last_slow, first_fast = program.price_where(best, is_fast)
+    if first_fast is None:
+        fastest = program.seconds(last_slow.choice_U)
+        raise BudgetError(
+            f"no allocation of {budget_bytes:,} bytes is predicted to decode a token in {seconds_budget * 1e3:.3g} ms; "
+            f"the fastest takes {fastest * 1e3:.3g} ms"
+        )
+    return program.within(seconds_budget, [best, last_slow, first_fast])
+
+
+def allocate_fast(table: CostTable, budget_bytes: int, *, max_groups: int = MAX_GROUPS) -> Allocation:
+    """The allocation that decodes fastest, of those within KL_FOR_SPEED of the least predicted KL divergence in these
+    bytes; then the cheapest one that is as fast. The table has seconds. Raises BudgetError as allocate does."""
+    assert table.seconds_UJ is not None
+    program = _Program.of(table, budget_bytes, max_groups)
+    best = program.solved(0.0)
+    cheapest = program.allocation(best.choice_U, best.bound)
+    limit = (1 + KL_FOR_SPEED) * cheapest.predicted_kl
+    last_near, _ = program.price_where(best, lambda found: program.cost(found.choice_U) > limit)
+    seconds = program.seconds(last_near.choice_U)
+    is_faster = cheapest.decode_seconds is not None and seconds < cheapest.decode_seconds
+    found = program.within(seconds, [best, last_near]) if is_faster else cheapest
+    return dataclasses.replace(found, best_decode_seconds=cheapest.decode_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solution:
+    """Of the program without a limit on seconds, but at a price of them."""
+
+    price: float  # cost of a second
+    choice_U: np.ndarray  # i64
+    allowed_UJ: np.ndarray  # bool: the few types of each layer
+    bound: float  # cost and price together are nowhere lower
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A table's units that share a type are one unit here."""
+
+    table: CostTable
+    rows: list[list[int]]  # units of the table
+    cost_UJ: np.ndarray
+    bytes_UJ: np.ndarray
+    seconds_UJ: np.ndarray  # zeros where speed was not measured
+    blocks: list[tuple[np.ndarray, np.ndarray]]
+    budget_bytes: int
+    max_groups: int
+
+    @classmethod
+    def of(cls, table: CostTable, budget_bytes: int, max_groups: int) -> "_Program":
+        """Raises BudgetError for bytes out of reach."""
+        shared = table.layout == "stock" or max_groups == 1
+        rows = _rows(table, shared=shared)
+        seconds_UJ = np.zeros(table.cost_UJ.shape) if table.seconds_UJ is None else table.seconds_UJ
+        cost_UJ, bytes_UJ, seconds_UJ = (
+            np.array([of_unit_UJ[row].sum(0) for row in rows])
+            for of_unit_UJ in (table.cost_UJ, table.bytes_UJ, seconds_UJ)
+        )
+        _check_reachable(table, cost_UJ, bytes_UJ, budget_bytes)
+        blocks = [] if shared else _expert_blocks(table)
+        return cls(table, rows, cost_UJ, bytes_UJ, seconds_UJ, blocks, budget_bytes, max_groups)
+
+    @property
+    def available(self) -> int:
+        return self.budget_bytes - self.table.fixed_bytes
+
+    def cost(self, choice_U: np.ndarray) -> float:
+        return float(self.cost_UJ[np.arange(len(choice_U)), choice_U].sum())
+
+    def seconds(self, choice_U: np.ndarray) -> float:
+        return float(self.seconds_UJ[np.arange(len(choice_U)), choice_U].sum())
+
+    def solved(self, price: float) -> _Solution:
+        value_UJ = self.cost_UJ + price * self.seconds_UJ
+        bound, allowed_UJ = _best_subsets(value_UJ, self.bytes_UJ, self.available, self.blocks, self.max_groups)
+        choice_U = _knapsack(np.where(allowed_UJ, value_UJ, np.inf), self.bytes_UJ, self.available)
+        return _Solution(price, choice_U, allowed_UJ, bound)
+
+    def price_where(
+        self, best: _Solution, is_enough: Callable[[_Solution], bool]
+    ) -> tuple[_Solution, _Solution | None]:
+        """At prices above that of the best, the last solution that is not enough, and the first that is; None where
+        none is."""
+        below, above = best, None
+        total = self.seconds(below.choice_U)
+        # where all of the seconds are as dear as all of the cost; then up until nothing but seconds counts
+        price = self.cost(below.choice_U) / total if total > 0 else np.inf
+        for _ in range(PRICE_STEPS):
+            if above is not None or not np.isfinite(price):
+                break
+            found = self.solved(price)
+            below, above = (below, found) if is_enough(found) else (found, None)
+            price *= 8
+        for _ in range(PRICE_STEPS):
+            if above is None:
+                break
+            # prices span orders of magnitude
+            found = self.solved(float(np.sqrt(max(below.price, above.price / 64) * above.price)))
+            below, above = (below, found) if is_enough(found) else (found, above)
+        return below, above
+
+    def within(self, seconds_budget: float, solutions: list[_Solution]) -> Allocation:
+        """The last of the solutions keeps to it; the others are for the bound."""
+        last = solutions[-1]
+        choice_U = _knapsack(
+            np.where(last.allowed_UJ, self.cost_UJ, np.inf),
+            self.bytes_UJ,
+            self.available,
+            _Limit(self.seconds_UJ, seconds_budget, last.price, last.choice_U),
+        )
+        # nothing within the limit is charged more than all of it
+        return self.allocation(choice_U, max(s.bound - s.price * seconds_budget for s in solutions))
+
+    def allocation(self, choice_U: np.ndarray, bound: float) -> Allocation:
+        table = self.table
+        types = {
+            table.units[member].name: table.types[j]
+            for row, j in zip(self.rows, choice_U, strict=True)
+            for member in row
+        }
+        return Allocation(
+            layout=table.layout,
+            types={unit.name: types[unit.name] for unit in table.units},
+            fixed=table.fixed,
+            budget_bytes=self.budget_bytes,
+            tensor_bytes=table.fixed_bytes + int(self.bytes_UJ[np.arange(len(choice_U)), choice_U].sum()),
+            n_params=table.n_params,
+            predicted_kl=self.cost(choice_U),
+            lower_bound_kl=min(bound, self.cost(choice_U)),
+            decode_seconds=None if table.seconds_UJ is None else self.seconds(choice_U),
+        )
+
+
+def describe_speed(allocation: Allocation) -> str:
+    assert allocation.decode_seconds is not None and allocation.best_decode_seconds is not None
+    return (
+        f"{allocation.decode_seconds * 1e3:.3g} ms per token in matrix products, "
+        f"{allocation.best_decode_seconds * 1e3:.3g} ms in the file with the least predicted KL divergence"
     )
 
 
@@ -266,31 +400,43 @@ def _exhausting_price(taken: Callable[[float], int], cost_UJ: np.ndarray, availa
     return high
 
 
-def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.ndarray:
-    """One type per unit under the byte limit. -> i64 (U,)
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """A second one for a knapsack, beside its bytes."""
+
+    seconds_UJ: np.ndarray
+    seconds: float
+    price: float  # at which it is nearly kept
+    choice_U: np.ndarray  # keeps to both
+
+
+def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int, limit: _Limit | None = None) -> np.ndarray:
+    """One type per unit under the byte limit, and the other. -> i64 (U,)
 
     A price gives a lower bound, and a solution that is nearly as good. A type whose value at that price is above its
     unit's best by more than lies between the two is in no better solution: in a large model hardly any are left, and
     HiGHS gets the rest.
     """
     rows = np.arange(len(cost_UJ))
+    priced_UJ = cost_UJ if limit is None else cost_UJ + limit.price * limit.seconds_UJ
 
     def choice(price: float) -> np.ndarray:
-        return (cost_UJ + price * bytes_UJ).argmin(1)
+        return (priced_UJ + price * bytes_UJ).argmin(1)
 
     def total(of_UJ: np.ndarray, choice_U: np.ndarray) -> float:
         return of_UJ[rows, choice_U].sum()
 
-    price = _exhausting_price(lambda price: int(total(bytes_UJ, choice(price))), cost_UJ, available)
-    found_U = choice(price)
+    price = _exhausting_price(lambda price: int(total(bytes_UJ, choice(price))), priced_UJ, available)
+    found_U = choice(price) if limit is None else limit.choice_U
     if total(bytes_UJ, found_U) > available:
         raise BudgetError(f"no allocation fits {available:,} bytes; raise --bits or --size")
-    if price == 0:
+    if price == 0 and limit is None:
         return found_U
-    _fill(found_U, cost_UJ, bytes_UJ, available)
+    if limit is None:
+        _fill(found_U, cost_UJ, bytes_UJ, available)
 
-    above_UJ = cost_UJ + price * bytes_UJ
-    bound = above_UJ.min(1).sum() - price * available
+    above_UJ = priced_UJ + price * bytes_UJ
+    bound = above_UJ.min(1).sum() - price * available - (0 if limit is None else limit.price * limit.seconds)
     above_UJ = above_UJ - above_UJ.min(1, keepdims=True)
     # rounding must not cut off what is just as good
     open_UJ = above_UJ <= (total(cost_UJ, found_U) - bound) * (1 + 1e-9)
@@ -301,16 +447,21 @@ def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.n
     # HiGHS has absolute tolerances near 1e-7: costs and bytes come to a scale where those mean nothing, and the limit
     # lies halfway between two sums of bytes that can occur
     divisor = int(np.gcd.reduce(n_bytes))
-    limit = (available // divisor + 0.5) * divisor
+    most_bytes = (available // divisor + 0.5) * divisor
+    constraints = [
+        scipy.optimize.LinearConstraint(
+            scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(rows), n)), 1, 1
+        ),
+        scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, most_bytes / n_bytes.max()),
+    ]
+    if limit is not None:
+        seconds = limit.seconds_UJ[units, types] / limit.seconds
+        # seconds are no multiples of anything: what the tolerance lets through is turned down below
+        constraints.append(scipy.optimize.LinearConstraint(seconds[None], -np.inf, 1 - 1e-6))
     with _silenced():
         result = scipy.optimize.milp(
             cost / (cost.max() or 1),
-            constraints=[
-                scipy.optimize.LinearConstraint(
-                    scipy.sparse.csr_array((np.ones(n), (units, np.arange(n))), shape=(len(rows), n)), 1, 1
-                ),
-                scipy.optimize.LinearConstraint(n_bytes[None] / n_bytes.max(), -np.inf, limit / n_bytes.max()),
-            ],
+            constraints=constraints,
             integrality=np.ones(n),
             bounds=scipy.optimize.Bounds(0, 1),
             # nodes, not seconds: the same input must give the same bytes on a slower machine
@@ -320,7 +471,11 @@ def _knapsack(cost_UJ: np.ndarray, bytes_UJ: np.ndarray, available: int) -> np.n
         solved_U = found_U.copy()
         picked = result.x > 0.5
         solved_U[units[picked]] = types[picked]
-        if total(bytes_UJ, solved_U) <= available and total(cost_UJ, solved_U) < total(cost_UJ, found_U):
+        if (
+            total(bytes_UJ, solved_U) <= available
+            and (limit is None or total(limit.seconds_UJ, solved_U) <= limit.seconds)
+            and total(cost_UJ, solved_U) < total(cost_UJ, found_U)
+        ):
             return solved_U
     return found_U
 

@@ -79,6 +79,7 @@ class CostTable:
     fixed_bytes: int
     n_params: int
     small_block_units: tuple[str, ...]  # units whose columns only fit blocks of 32
+    seconds_UJ: np.ndarray | None = None  # f64, of each decoded token; None where speed was not measured
 
 
 def reorderable(source: Source) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import transformers
 
 from moe2gguf import __version__
-from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate
+from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
@@ -37,6 +37,7 @@ from moe2gguf.sample import sample_text
 from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Budget, Calibration, Choice, Quantizer
 from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
+from moe2gguf.speeds import Speeds, measured_speeds, with_seconds
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.states import SCRATCH_PREFIX
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
@@ -80,6 +81,7 @@ def convert(
     types: tuple[QuantType, ...] | None = None,
     overrides: tuple[tuple[str, QuantType], ...] = (),
     allocator: str = "global",
+    objective: str = "size",
     calibration: Calibration | None = None,
     quantizer: Quantizer = DEFAULT_QUANTIZER,
     skipping: Skipping = NO_SKIPPING,
@@ -105,7 +107,7 @@ def convert(
         quantizer = dataclasses.replace(recipe.quantizer, device=quantizer.device)
         skipping, prune_share = recipe.skipping, recipe.prune_share
         bits, size_bytes, layout = round(recipe.allocation.bits_per_weight, 2), None, recipe.allocation.layout
-    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator)
+    budget, choice = Budget(bits, size_bytes), Choice(layout, max_groups, types, overrides, allocator, objective)
     opened = functools.partial(
         open_source, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file
     )
@@ -127,7 +129,8 @@ def convert(
     stats = calibrated(source, calibration, work, n_threads=threads, text=text, progress=progress, note=note)
     table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
     if recipe is None:
-        allocation, plan = fit_budget(source, stats, table, budget, choice, skipping)
+        speeds = speeds_for(source, choice, work, threads, progress)
+        allocation, plan = fit_budget(source, stats, table, budget, choice, skipping, speeds)
         report_allocation(source, table, stats, allocation, choice, note)
         assert plan is not None
     else:
@@ -326,6 +329,15 @@ def provisional_allocation(source: Source, budget: Budget, choice: Choice) -> Al
     return fit_budget(source, None, table, budget, choice)[0]
 
 
+def speeds_for(
+    source: Source, choice: Choice, work: Path, n_threads: int, progress: Progress = no_progress, *, save: bool = True
+) -> Speeds | None:
+    """What the objective asks to be measured; kept in `work`."""
+    return (
+        measured_speeds(source, n_threads, work, save=save, progress=progress) if choice.objective == "speed" else None
+    )
+
+
 def fit_budget(
     source: Source,
     stats: CalibrationStats | None,
@@ -333,20 +345,23 @@ def fit_budget(
     budget: Budget,
     choice: Choice,
     skipping: Skipping = NO_SKIPPING,
+    speeds: Speeds | None = None,
 ) -> tuple[Allocation, FilePlan | None]:
-    """The best allocation within the budget, and the plan of its file (none without statistics)."""
+    """The best allocation within the budget, and the plan of its file (none without statistics). `speeds` are those of
+    the objective."""
 
     def best(tensor_bytes: int) -> Allocation:
         # what is in reach is asked before anything is measured
-        found = (
-            allocate(table, tensor_bytes, max_groups=choice.max_groups)
-            if stats is None
-            else ALLOCATORS[choice.allocator](table, stats, tensor_bytes, choice.max_groups)
-        )
+        if stats is None:
+            found = allocate(table, tensor_bytes, max_groups=choice.max_groups)
+        elif speeds is not None:
+            found = allocate_fast(with_seconds(table, speeds, stats), tensor_bytes, max_groups=choice.max_groups)
+        else:
+            found = ALLOCATORS[choice.allocator](table, stats, tensor_bytes, choice.max_groups)
         return dataclasses.replace(
             found,
             source_sha256=source_digest(source),
-            recipe=_recipe(budget, choice, stats),
+            recipe=_recipe(budget, choice, stats, speeds),
         )
 
     if budget.bits is not None:
@@ -397,11 +412,12 @@ def report_allocation(
         note(f"the types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
 
 
-def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> str:
+def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None, speeds: Speeds | None) -> str:
     recipe: dict[str, object] = {
         "budget": budget.describe(),
         "layout": choice.layout,
         "allocator": choice.allocator,
+        "objective": choice.objective,
         "max_groups": choice.max_groups,
         "types": [t.name for t in choice.types or CANDIDATES],
         "overrides": [[pattern, t.name] for pattern, t in choice.overrides],
@@ -412,6 +428,8 @@ def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None) -> s
             "tokens": stats.n_tokens,
             "probe_tokens": stats.n_probe_tokens,
         }
+    if speeds is not None:
+        recipe["speeds"] = speeds.as_json()
     return json.dumps(recipe, sort_keys=True)
 
 

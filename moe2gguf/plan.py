@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moe2gguf import ggml
-from moe2gguf.allocate import Allocation, reachable_bytes
+from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
 from moe2gguf.ggml import QuantType
@@ -28,6 +28,7 @@ from moe2gguf.pipeline import (
     Choice,
     fit_budget,
     outfile_for,
+    speeds_for,
     statistics_at_hand,
     work_folder_for,
 )
@@ -88,6 +89,7 @@ def make_plan(
     pre_tokenizer: str | None,
     model_name: str | None = None,
     metadata_file: Path | None = None,
+    n_threads: int | None = None,
 ) -> ConversionPlan:
     """Uses the statistics at hand if they fit the request, and says whether it did."""
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
@@ -99,7 +101,10 @@ def make_plan(
     # those of a pruned model are for another checkpoint, which need not be there yet
     stats = None if prune_share else statistics_at_hand(source, calibration, work)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
-    allocation, _ = fit_budget(source, stats, table, budget, choice)
+    speeds = None
+    if stats is not None:
+        speeds = speeds_for(source, choice, work, n_threads or available_cores(), save=False)
+    allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
     matrix_flops, encode_rate = _speeds(source)
     n_tokens = calibration.n_sequences * calibration.sequence_tokens
     n_branches = (
@@ -256,6 +261,8 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
     )
     if plan.measured:
         head.add_row("predicted", f"mean KL divergence {allocation.predicted_kl:.4f} nats per token")
+        if allocation.decode_seconds is not None:
+            head.add_row("decoding", describe_speed(allocation))
         head.add_row("coverage", f"{plan.cold_experts} experts saw fewer than 32 calibration tokens")
     else:
         head.add_row("types", "provisional: without statistics all weights count alike; calibration decides")

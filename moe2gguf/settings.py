@@ -48,6 +48,13 @@ class Choice:
     types: tuple[QuantType, ...] | None = None
     overrides: tuple[tuple[str, QuantType], ...] = ()
     allocator: str = "global"  # a key of ALLOCATORS
+    objective: str = "size"  # "speed": somewhat more KL divergence in the bytes, for types that decode faster
+
+    def __post_init__(self) -> None:
+        if self.objective == "speed" and self.allocator != "global":
+            raise Moe2ggufError(
+                f"--allocator {self.allocator} knows no speed; --objective speed needs --allocator global"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

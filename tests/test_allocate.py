@@ -8,10 +8,12 @@ import pytest
 
 from moe2gguf import ggml
 from moe2gguf.allocate import (
+    KL_FOR_SPEED,
     MAX_GROUPS,
     Allocation,
     _type_limits,
     allocate,
+    allocate_fast,
     expert_order,
     load_allocation,
     n_runs,
@@ -339,6 +341,90 @@ def test_the_same_table_gives_the_same_allocation():
     budget = sum(reachable_bytes(table)) // 3
     first = allocate(table, budget)
     assert allocate(table, budget) == first
+
+
+def timed(table: CostTable, rng: np.random.Generator) -> CostTable:
+    """With seconds that have nothing to do with bytes: some units count more, some types are slower per byte."""
+    per_byte_UJ = np.exp(rng.standard_normal((len(table.units), 1)) + rng.standard_normal(len(table.types)))
+    return dataclasses.replace(table, seconds_UJ=1e-9 * per_byte_UJ * table.bytes_UJ)
+
+
+def within_both_by_brute_force(table: CostTable, budget_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Costs and seconds of all J^U choices that fit the bytes."""
+    assert table.seconds_UJ is not None
+    n_units, n_types = table.cost_UJ.shape
+    choices = np.array(list(product(range(n_types), repeat=n_units)))
+    rows = np.arange(n_units)
+    fits = table.bytes_UJ[rows, choices].sum(1) + table.fixed_bytes <= budget_bytes
+    return table.cost_UJ[rows, choices].sum(1)[fits], table.seconds_UJ[rows, choices].sum(1)[fits]
+
+
+@pytest.mark.parametrize("max_groups", [1, 7])
+def test_seconds_by_brute_force(max_groups):
+    """6 matrices beside each other, or 3 experts that may have 3 types each: nothing but the two limits binds."""
+    rng = np.random.default_rng(18)
+    ratios, n_refused = [], 0
+    for _ in range(30):
+        table = make_table(rng, n_layers=0, n_matrices=6) if max_groups == 1 else make_table(rng)
+        table = timed(table, rng)
+        budget = random_budget(table, rng)
+        cost, seconds = within_both_by_brute_force(table, budget)
+        limit = float(rng.uniform(0.9 * seconds.min(), seconds[cost.argmin()]))
+        if limit < seconds.min():
+            with pytest.raises(BudgetError, match=r"is predicted to decode a token in .* the fastest takes"):
+                allocate(table, budget, max_groups=max_groups, seconds_budget=limit)
+            n_refused += 1
+            continue
+        try:
+            found = allocate(table, budget, max_groups=max_groups, seconds_budget=limit)
+        except BudgetError:  # prices reach the fastest of all, but not always what is hardly slower
+            assert limit < 1.1 * seconds.min()
+            continue
+        optimum = cost[seconds <= limit].min()
+        assert found.decode_seconds is not None and found.decode_seconds <= limit and found.tensor_bytes <= budget
+        assert totals(table, found) == (pytest.approx(found.predicted_kl), found.tensor_bytes)
+        assert found.lower_bound_kl <= optimum * (1 + 1e-9) <= found.predicted_kl * (1 + 2e-9)
+        ratios.append(found.predicted_kl / optimum)
+    assert n_refused and len(ratios) > 15
+    assert np.median(ratios) < 1 + 2e-4 and max(ratios) < 1.1
+
+
+def test_no_limit_on_seconds_changes_nothing():
+    table = make_table(np.random.default_rng(19), n_layers=2, n_experts=4, n_matrices=4)
+    budget = sum(reachable_bytes(table)) // 2
+    without, with_them = allocate(table, budget), allocate(timed(table, np.random.default_rng(0)), budget)
+    assert without.decode_seconds is None and with_them.decode_seconds is not None
+    assert dataclasses.replace(with_them, decode_seconds=None) == without
+
+
+@pytest.mark.parametrize("layout", ["grouped", "stock"])
+def test_speed_for_a_little_divergence(layout):
+    rng = np.random.default_rng(20)
+    table = make_table(rng, n_layers=3, n_experts=8, n_matrices=6, types=CANDIDATES[:12], noise=0.3, layout=layout)
+    table = timed(table, rng)
+    low, high = reachable_bytes(table)
+    ratios = []
+    for budget in (low, (3 * low + high) // 4, (low + high) // 2, high):
+        best, fast = allocate(table, budget), allocate_fast(table, budget)
+        assert fast.tensor_bytes <= budget and fast.best_decode_seconds == best.decode_seconds
+        assert best.predicted_kl <= fast.predicted_kl * (1 + 1e-9)
+        assert fast.predicted_kl <= (1 + KL_FOR_SPEED) * best.predicted_kl
+        assert fast.decode_seconds is not None and best.decode_seconds is not None
+        ratios.append(fast.decode_seconds / best.decode_seconds)
+        for layer in range(3):
+            gate_up, down = (types_of(table, fast, p, layer) for p in ("gate_up", "down"))
+            order = expert_order(gate_up, down)
+            assert max(n_runs(gate_up, order), n_runs(down, order)) <= (MAX_GROUPS if layout == "grouped" else 1)
+    # in the fewest bytes there is no choice; in between, seconds differ e-fold between types of like bytes
+    assert ratios[0] == 1 and max(ratios[1:]) < 1 and min(ratios) < 0.9
+
+
+def test_where_all_types_are_as_fast_the_speedy_file_is_the_best():
+    table = make_table(np.random.default_rng(21), n_layers=2, n_experts=4, n_matrices=4)
+    table = dataclasses.replace(table, seconds_UJ=np.ones_like(table.cost_UJ))
+    budget = sum(reachable_bytes(table)) // 2
+    best, fast = allocate(table, budget), allocate_fast(table, budget)
+    assert fast.types == best.types and fast.decode_seconds == fast.best_decode_seconds
 
 
 def test_ten_thousand_units():
