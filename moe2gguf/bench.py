@@ -62,6 +62,7 @@ from moe2gguf.record import (
     Row,
     Setting,
     SkipPoint,
+    SkipSpeed,
     TaskScore,
     save_record,
 )
@@ -465,42 +466,47 @@ class _Bench:
     def skip_points(self, file: _File, base_run: BaseRun) -> tuple[SkipPoint, ...]:
         """The thresholds of the file, scaled."""
         points = []
+        turns = {f"{strength:g}": (file.path, strength) for strength in SKIP_STRENGTHS}
+        rounds = self._rounds(f"{file.budget}-skipping-speed", turns)
         rows = {0.0: "grouped", 1.0: "skipping"}  # measured for their rows
         for strength in SKIP_STRENGTHS:
             step = f"{file.budget}-{rows.get(strength, f'skipping-{strength:g}')}-divergence"
             found = self._divergence(file, base_run, strength, step)
             assert found.skipped is not None
-            points.append(SkipPoint(strength, found.skipped, found.kld_mean))
+            speed_there = _skip_speed(f"{strength:g}", rounds)
+            points.append(SkipPoint(strength, found.skipped, found.kld_mean, speed_there))
         return tuple(points)
 
     def rates(self, files: Sequence[_File]) -> dict[str, tuple[Rate, Rate]]:
-        """Prompt and decode of each file. In every round each has one turn, forwards and backwards."""
+        """Prompt and decode of each file."""
+        rounds = self._rounds("speed", {file.name: (file.path, file.strength) for file in files})
+        return {file.name: (_rate(file, rounds, "prompt"), _rate(file, rounds, "decode")) for file in files}
+
+    def _rounds(self, step: str, turns: Mapping[str, tuple[Path, float]]) -> list[dict[str, Speed]]:
+        """In every round each file, at its strength, has one turn, forwards and backwards."""
         request = self.request
 
         def work() -> dict[str, Any]:
             rounds: list[dict[str, list[float]]] = []
             for number in range(request.n_rounds):
-                turns = {}
-                for file in files if number % 2 == 0 else reversed(files):
+                speeds = {}
+                for name, (path, strength) in list(turns.items())[:: -1 if number % 2 else 1]:
                     self.progress("tokens per second, round", number, request.n_rounds)
-                    found = speed(
-                        file.path, n_threads=request.n_threads, folder=self.folder, skip_strength=file.strength
-                    )
-                    turns[file.name] = [found.prompt, found.decode]
-                rounds.append(turns)
+                    found = speed(path, n_threads=request.n_threads, folder=self.folder, skip_strength=strength)
+                    speeds[name] = [found.prompt, found.decode]
+                rounds.append(speeds)
             return {"rounds": rounds}
 
         inputs = self._inputs(
             self.referee,
-            files=[file.path for file in files],
-            names=[file.name for file in files],
+            files=[path for path, _ in turns.values()],
+            names=list(turns),
             n_rounds=request.n_rounds,
         )
-        rounds = [
-            {name: Speed(*found) for name, found in turns.items()}
-            for turns in self.steps.run("speed", inputs, [], work)["rounds"]
+        return [
+            {name: Speed(*found) for name, found in speeds.items()}
+            for speeds in self.steps.run(step, inputs, [], work)["rounds"]
         ]
-        return {file.name: (_rate(file, rounds, "prompt"), _rate(file, rounds, "decode")) for file in files}
 
     def data(self) -> Data:
         request, stats = self.request, self.stats
@@ -546,13 +552,28 @@ class _Bench:
 
 
 def _rate(file: _File, rounds: Sequence[Mapping[str, Speed]], what: str) -> Rate:
-    found = [getattr(turns[file.name], what) for turns in rounds]
+    of_preset = _ratio(file.name, f"{file.budget}-preset", rounds, what) if file.budget else None
+    return dataclasses.replace(_spread(file.name, rounds, what), of_preset=of_preset)
+
+
+def _skip_speed(name: str, rounds: Sequence[Mapping[str, Speed]]) -> SkipSpeed:
+    return SkipSpeed(
+        _spread(name, rounds, "prompt"),
+        _spread(name, rounds, "decode"),
+        _ratio(name, "0", rounds, "prompt"),
+        _ratio(name, "0", rounds, "decode"),
+    )
+
+
+def _spread(name: str, rounds: Sequence[Mapping[str, Speed]], what: str) -> Rate:
+    found = [getattr(turns[name], what) for turns in rounds]
     low, median, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
-    of_preset = None
-    if file.budget:
-        preset = f"{file.budget}-preset"
-        of_preset = statistics.median(getattr(t[file.name], what) / getattr(t[preset], what) for t in rounds)
-    return Rate(median, low, high, of_preset)
+    return Rate(median, low, high, None)
+
+
+def _ratio(name: str, other: str, rounds: Sequence[Mapping[str, Speed]], what: str) -> float:
+    """The median over the rounds, each a pair of neighbours in time."""
+    return statistics.median(getattr(turns[name], what) / getattr(turns[other], what) for turns in rounds)
 
 
 def _row(file: _File, measured: Divergence | None, prompt: Rate, decode: Rate) -> Row:

@@ -409,7 +409,8 @@ def report_allocation(
             f"{cold[worst]}); their importance leans on the layer's average"
         )
     if allocation.tensor_bytes < 0.995 * allocation.budget_bytes:
-        note(f"the types allowed fill {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
+        what = "the types allowed fill" if choice.objective == "size" else "the fastest types within a tenth fill"
+        note(f"{what} {allocation.tensor_bytes:,} of {allocation.budget_bytes:,} bytes")
 
 
 def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None, speeds: Speeds | None) -> str:

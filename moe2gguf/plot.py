@@ -52,14 +52,19 @@ def plot_bits(report: FileReport, path: str | Path) -> None:
     _save(lambda: draw_bits(report), Path(path))
 
 
-def plot_skipping(points: Series, path: str | Path) -> None:
-    """KL divergence against the share of expert activations left out, a line for each rule; .png or .svg."""
+def plot_skipping(points: Series, path: str | Path, speeds: Series | None = None) -> None:
+    """KL divergence against the share of expert activations left out, a line for each rule; .png or .svg. Beside it,
+    where they are given, speeds against the same, relative to that with nothing left out."""
 
     def draw() -> Figure:
-        figure, (axes,) = _axes(1)
-        _draw_series(axes, points, "expert activations left out", KLD_LABEL)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        figure, panels = _axes(2 if speeds else 1)
+        _draw_series(panels[0], points, "expert activations left out", KLD_LABEL)
+        panels[0].set_yscale("log")
+        if speeds:
+            _draw_series(panels[1], speeds, "expert activations left out", "tokens per second, none left out = 1")
+            panels[0].get_legend().remove()
+        for axes in panels:
+            axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         return figure
 
     _save(draw, Path(path))

@@ -44,7 +44,7 @@ class Rate:
     median: float
     low: float  # quartiles
     high: float
-    of_preset: float | None  # the median of each round's ratio to the preset's; None for the base
+    of_preset: float | None  # the median of each round's ratio to the preset's; None where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,23 @@ class Absent:
 
 
 @dataclasses.dataclass(frozen=True)
+class SkipSpeed:
+    """Of one strength; in every round each of them has its turn."""
+
+    prompt: Rate
+    decode: Rate
+    prompt_ratio: float  # the median of each round's ratio to that with nothing skipped
+    decode_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
 class SkipPoint:
     """The file of `SkipCurve` with its thresholds scaled."""
 
     strength: float
     skipped: float  # share of expert activations
     kld_mean: float
+    speed: SkipSpeed | None = None  # None in records that did not measure it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +199,7 @@ def load_record(path: Path) -> Record:
             shared={name: Cost(**cost) for name, cost in fields["shared"].items()},
             n_rounds=fields["n_rounds"],
             skip_file=fields["skip_file"],
-            skip_points=tuple(SkipPoint(**point) for point in fields["skip_points"]),
+            skip_points=tuple(_skip_point(point) for point in fields["skip_points"]),
             experts=ExpertMap(**{key: _tuples(value) for key, value in fields["experts"].items()}),
             tasks=tuple(TaskScore(**score) for score in fields["tasks"]),
         )
@@ -210,6 +221,13 @@ def _row(fields: dict[str, Any]) -> Row:
             "cost": Cost(**fields["cost"]),
         }
     )
+
+
+def _skip_point(fields: dict[str, Any]) -> SkipPoint:
+    if (measured := fields.get("speed")) is None:
+        return SkipPoint(**fields)
+    rates = {name: Rate(**measured[name]) for name in ("prompt", "decode")}
+    return SkipPoint(**{**fields, "speed": SkipSpeed(**{**measured, **rates})})
 
 
 def _tuples(value: Any) -> Any:

@@ -97,7 +97,12 @@ def _write(path: Path, text: str) -> None:
 def draw_pictures(record: Record, folder: Path, stem: str) -> None:
     experts = record.experts
     bits_LE, share_LE = (_rectangle(rows) for rows in (experts.bits_LE, experts.share_LE))
-    skipped = [(point.skipped, point.kld_mean) for point in record.skip_points]
+    points = record.skip_points
+    skipped = [(point.skipped, point.kld_mean) for point in points]
+    faster = {
+        "decoding": [(point.skipped, point.speed.decode_ratio) for point in points if point.speed],
+        "prompt": [(point.skipped, point.speed.prompt_ratio) for point in points if point.speed],
+    }
     drawings: dict[str, Callable[[Path], None]] = {
         "kld": lambda path: plot_kld(_series(record, lambda r: (r.bits_per_weight, _measured(r).kld_mean)), path),
         "speed": lambda path: plot_speed(
@@ -105,7 +110,9 @@ def draw_pictures(record: Record, folder: Path, stem: str) -> None:
             _series(record, lambda r: (r.file_bytes, r.decode.median)),
             path,
         ),
-        "skipping": lambda path: plot_skipping({record.skip_file: skipped}, path),
+        "skipping": lambda path: plot_skipping(
+            {record.skip_file: skipped}, path, faster if faster["decoding"] else None
+        ),
         "experts": lambda path: plot_experts(bits_LE, share_LE, experts.layers, path),
     }
     for name, draw in drawings.items():
@@ -198,13 +205,9 @@ def full_report(record: Record, stem: str) -> list[Block]:
             tuple((name, *_cost_cells(cost)) for name, cost in record.shared.items()),
         ),
         Picture(f"{stem}-speed", "Tokens per second against bytes"),
-        Table(
-            ("strength", "skipped", "mean KLD"),
-            tuple((f"{p.strength:g}", f"{p.skipped:.1%}", f"{p.kld_mean:.5f}") for p in record.skip_points),
-            n_text=0,
-        ),
-        Paragraph(f"Experts left out at run time: the thresholds in {record.skip_file}, scaled (LLAMA_EXPERT_SKIP)."),
-        Picture(f"{stem}-skipping", "KL divergence against expert activations left out"),
+        skip_table(record),
+        Paragraph(_skipping(record)),
+        Picture(f"{stem}-skipping", f"KL divergence{_and_speed(record)} against expert activations left out"),
         Paragraph("Every file was made by one of these, in the benchmark's folder:"),
         Code(tuple(cost.command for cost in record.shared.values()) + tuple(_commands(record))),
         Paragraph(_where(record)),
@@ -271,6 +274,32 @@ def comparison(records: Sequence[Record]) -> list[Block]:
             )
         )
     return blocks
+
+
+def skip_table(record: Record) -> Table:
+    rows = []
+    for point in record.skip_points:
+        cells: tuple[str, ...] = (f"{point.strength:g}", f"{point.skipped:.1%}", f"{point.kld_mean:.5f}")
+        if point.speed:
+            ratios = (f"{ratio:.2f}" for ratio in (point.speed.prompt_ratio, point.speed.decode_ratio))
+            rates = (_rate_cells(rate)[0] for rate in (point.speed.prompt, point.speed.decode))
+            cells += tuple(cell for pair in zip(rates, ratios, strict=True) for cell in pair)
+        rows.append(cells)
+    headers: tuple[str, ...] = ("strength", "skipped", "mean KLD")
+    if _and_speed(record):
+        headers += ("prompt, tokens/s", "×", "decode, tokens/s", "×")
+    return Table(headers, tuple(rows), n_text=0)
+
+
+def _and_speed(record: Record) -> str:
+    return " and speed" if record.skip_points and all(point.speed for point in record.skip_points) else ""
+
+
+def _skipping(record: Record) -> str:
+    text = f"Experts left out at run time: the thresholds in {record.skip_file}, scaled (LLAMA_EXPERT_SKIP)."
+    if _and_speed(record):
+        text += " ×: the median of the rounds' ratios to strength 0, every strength having its turn in each round."
+    return text
 
 
 def _label(row: Row) -> str:

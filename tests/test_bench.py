@@ -75,6 +75,10 @@ def test_skipping_is_the_same_file_with_experts_left_out(run) -> None:
     assert by_strength[1].skipped == skipping.divergence.skipped
     shares = [point.skipped for point in record.skip_points]
     assert shares == sorted(shares) and shares[-1] > shares[0]
+    for point in record.skip_points:
+        assert point.speed is not None and point.speed.decode.low <= point.speed.decode.median > 0
+    of_none = by_strength[0].speed
+    assert of_none is not None and (of_none.prompt_ratio, of_none.decode_ratio) == (1, 1)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from moe2gguf.record import (
     Row,
     Setting,
     SkipPoint,
+    SkipSpeed,
     TaskScore,
     load_record,
     save_record,
@@ -92,6 +93,46 @@ def test_a_record_is_what_was_saved(record: Record, tmp_path: Path) -> None:
     save_record(record, tmp_path / "bench.json")
     assert load_record(tmp_path / "bench.json") == record
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]
+
+
+def with_skip_speeds(record: Record) -> Record:
+    def measured(decode: float) -> SkipSpeed:
+        rates = [Rate(x, 0.9 * x, 1.1 * x, None) for x in (5 * decode, decode)]
+        return SkipSpeed(*rates, decode / 190, decode / 200)
+
+    return dataclasses.replace(
+        record,
+        skip_points=tuple(
+            dataclasses.replace(point, speed=measured(200 * (1 + point.skipped))) for point in record.skip_points
+        ),
+    )
+
+
+def test_the_skip_curve_with_speed_and_without(record: Record, tmp_path: Path) -> None:
+    """A record from before speeds were in it still makes a report."""
+    pictures = []
+    for made, header, line, caption in (
+        (record, "| strength | skipped | mean KLD |\n", "| 1 | 14.8% | 0.03500 |\n", "KL divergence against"),
+        (
+            with_skip_speeds(record),
+            "| strength | skipped | mean KLD | prompt, tokens/s | × | decode, tokens/s | × |\n",
+            "| 1 | 14.8% | 0.03500 | 1,148 (1,033–1,263) | 1.21 | 230 (207–253) | 1.15 |\n",
+            "KL divergence and speed against",
+        ),
+    ):
+        save_record(made, tmp_path / "bench.json")
+        assert load_record(tmp_path / "bench.json") == made
+        markdown, _ = write_report(made, tmp_path)
+        text = markdown.read_text(encoding="utf-8")
+        assert header in text and line in text and f"![{caption} expert activations left out]" in text
+        pictures.append((tmp_path / "bench-skipping.svg").read_text(encoding="utf-8"))
+    # text in the picture is drawn as outlines, whose ids name the glyphs; a second panel has axes of its own
+    assert ["axes_2" in picture for picture in pictures] == [False, True]
+    fields = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    for point in fields["skip_points"]:
+        del point["speed"]
+    (tmp_path / "bench.json").write_text(json.dumps(fields), encoding="utf-8")
+    assert load_record(tmp_path / "bench.json") == record
 
 
 def test_what_is_no_record_is_refused(record: Record, tmp_path: Path) -> None:
