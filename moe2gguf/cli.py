@@ -1,8 +1,10 @@
 """The command line: one command per stage, in the order of the pipeline."""
 
 import logging
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,10 @@ class _Group(click.Group):
         except Moe2ggufError as error:
             click.echo(f"moe2gguf: {error}", err=True)
             context.exit(1)
+        except BrokenPipeError:
+            # who reads our output has seen enough; nor is there anybody for what is left of it in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            context.exit(128 + signal.SIGPIPE)
         except OSError as error:
             # a disk that fills up or a folder that cannot be written; OSError names the file
             click.echo(f"moe2gguf: {error}", err=True)
@@ -298,6 +304,11 @@ def _quantizer(options: dict[str, Any]):
 def _calibration(options: dict[str, Any]):
     from moe2gguf.pipeline import Calibration
 
+    given = click.get_current_context().get_parameter_source("calib")
+    if options["text_paths"] and given == click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            "--calib is how the model writes its own text, and --text is another; leave one of them out"
+        )
     return Calibration(
         text_paths=options["text_paths"],
         writer=options["calib"],
@@ -450,12 +461,12 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
     from moe2gguf import pipeline
 
-    source, calibration = _open(model, options), _calibration(options)
+    calibration, source = _calibration(options), _open(model, options)
     with progress_display() as progress:
         text = pipeline.text_of(
             source,
             calibration,
-            options["work_folder"] or folder.parent,
+            options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf"),
             options["threads"] or available_cores(),
             progress,
             _note,
@@ -479,12 +490,12 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
     from moe2gguf.costs import cost_table
     from moe2gguf.imatrix import write_imatrix
 
-    source = _open(model, options)
+    calibration, source = _calibration(options), _open(model, options)
     work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
     with progress_display() as progress:
         stats = pipeline.calibrated(
             source,
-            _calibration(options),
+            calibration,
             work,
             n_threads=options["threads"] or available_cores(),
             progress=progress,

@@ -20,7 +20,7 @@ import numpy as np
 from moe2gguf import ggml
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.llama import OpenModel, captured_log, open_model
-from moe2gguf.sample import KV_CACHE_BYTES, MAX_PARALLEL_SEQUENCES, decode, draw, first_token
+from moe2gguf.sample import decode, draw, first_token, n_at_once
 from moe2gguf.text import CalibrationText
 
 BEAMS = 4
@@ -39,6 +39,10 @@ class Balanced:
     n_rejected: int
 
 
+def n_groups_at_once(n_sequences: int, sequence_tokens: int, kv_bytes_per_token: int) -> int:
+    return max(1, n_at_once(n_sequences * BEAMS, sequence_tokens, kv_bytes_per_token) // BEAMS)
+
+
 def balanced_text(
     gguf_path: Path,
     n_sequences: int,
@@ -52,10 +56,7 @@ def balanced_text(
     progress: Callable[[int, int], None],
 ) -> Balanced:
     """Raises Moe2ggufError for a model that writes little but repetitions."""
-    n_parallel = min(
-        n_sequences * BEAMS, MAX_PARALLEL_SEQUENCES, KV_CACHE_BYTES // (kv_bytes_per_token * sequence_tokens)
-    )
-    n_groups = max(1, n_parallel // BEAMS)
+    n_groups = n_groups_at_once(n_sequences, sequence_tokens, kv_bytes_per_token)
     selections = _Selections(n_selected)
     texts: list[np.ndarray] = []
     n_rejected = 0

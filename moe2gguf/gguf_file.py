@@ -92,10 +92,11 @@ def write_gguf(
             for old in (target.path, *target.path.parent.glob(f"{escape(target.path.stem)}-0*-of-0*.gguf")):
                 old.unlink(missing_ok=True)
         written = []
-        for file in sorted(aside.iterdir()):
+        # the first shard comes last: until it is there, a conversion that is cut off has left nothing to be in the way
+        for file in sorted(aside.iterdir(), reverse=True):
             os.replace(file, target.path.parent / file.name)
             written.append(target.path.parent / file.name)
-        return written
+        return written[::-1]
 
 
 def file_bytes(source: Source, plan: FilePlan, extra_kv: KeyValues) -> int:
@@ -162,9 +163,14 @@ def file_type(plan: FilePlan) -> int:
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """A folder beside the target for the work in progress, gone afterwards; disk errors get a sentence."""
+    folder = path.with_name(f".{path.name}.partial")
     try:
-        with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-            yield Path(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # by a run that was killed
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG):
             raise

@@ -38,12 +38,15 @@ from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Budget, Calibratio
 from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
 from moe2gguf.speeds import Speeds, measured_speeds, with_seconds
+from moe2gguf.spool import FORMAT_VERSION as SPOOL_FORMAT
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.states import SCRATCH_PREFIX
+from moe2gguf.stats import FORMAT_VERSION as STATS_FORMAT
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import Matrix
-from moe2gguf.text import CalibrationText, text_from_files
+from moe2gguf.streams import Matrices, Matrix, Types
+from moe2gguf.text import FORMAT_VERSION as TEXT_FORMAT
+from moe2gguf.text import CalibrationText, save_text, text_at_hand, text_from_files
 
 Note = Callable[[str], None]
 
@@ -210,16 +213,7 @@ def _quantised(
         for tensor in plan.tensors
         if tensor.name in modules and tensor.quant_type in CANDIDATES
     }
-    recipe = [
-        __version__,
-        stats.request,
-        quantizer.affinity,
-        quantizer.device.type,
-        quantizer.router,
-        sorted(map(str, types.items())),
-        sorted((name, matrix.quant_type.name) for name, matrix in matrices.items()),
-    ]
-    spool = Spool(work / f"experts-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}")
+    spool = spool_for(work, stats, quantizer, types, matrices)
     stream = LayerStream(source.path)
     encode_experts(
         stream,
@@ -253,6 +247,21 @@ def _quantised(
     paths = _write(source, plan, extra_kv, target, n_threads, progress, spool)
     spool.remove()
     return tuple(paths), outcomes
+
+
+def spool_for(work: Path, stats: CalibrationStats, quantizer: Quantizer, types: Types, matrices: Matrices) -> Spool:
+    """Of its own for all that its bytes depend on."""
+    recipe = [
+        __version__,
+        SPOOL_FORMAT,
+        stats.request,
+        quantizer.affinity,
+        quantizer.device.type,
+        quantizer.router,
+        sorted(map(str, types.items())),
+        sorted((name, matrix.quant_type.name) for name, matrix in matrices.items()),
+    ]
+    return Spool(work / f"experts-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}")
 
 
 def write_float(
@@ -318,9 +327,11 @@ def calibrated(
 
 def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> CalibrationStats | None:
     """The statistics in `work`, if there are any and they answer this request."""
-    path = work / "stats.safetensors"
-    stats = load_stats(path) if path.exists() else None
-    return stats if stats is not None and stats.request == request_digest(source, calibration) else None
+    try:
+        stats = load_stats(work / "stats.safetensors")
+    except Moe2ggufError:  # none, or of another version
+        return None
+    return stats if stats.request == request_digest(source, calibration) else None
 
 
 def provisional_allocation(source: Source, budget: Budget, choice: Choice) -> Allocation:
@@ -458,18 +469,38 @@ def text_of(
     return functools.cache(lambda: _calibration_text(source, calibration, work, n_threads, progress, note))
 
 
+def sequence_length(source: Source, calibration: Calibration) -> int:
+    """Tokens of a sequence of text: no more than the model takes."""
+    return min(calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens))
+
+
+def most_kv_bytes_per_token(source: Source) -> int:
+    """Keys and values in 16 bits, as if every head had its own."""
+    return 4 * source.n_layer * source.tensor("token_embd.weight").shape[1]
+
+
 def _calibration_text(
     source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
 ) -> CalibrationText:
-    length = min(
-        calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens)
-    )
+    length = sequence_length(source, calibration)
     if calibration.text_paths:
         return text_from_files(calibration.text_paths, source.path, calibration.n_sequences, length)
+    path, request = work / "text.safetensors", _text_request(source, calibration, length)
+    if (found := text_at_hand(request, path)) is not None:
+        note(f"using the text in {path}, which the model wrote before")
+        return found
+    found = _written_text(source, calibration, length, work, n_threads, progress, note)
+    save_text(found, request, path)
+    return found
+
+
+def _written_text(
+    source: Source, calibration: Calibration, length: int, work: Path, n_threads: int, progress: Progress, note: Note
+) -> CalibrationText:
+    """By the model itself."""
     writer = work / "sampling-q8_0.gguf"
     _write_uniform(source, QuantType.Q8_0, writer, n_threads, progress)
-    # keys and values in 16 bits, as if every head had its own
-    kv_bytes_per_token = 4 * source.n_layer * source.tensor("token_embd.weight").shape[1]
+    kv_bytes_per_token = most_kv_bytes_per_token(source)
     try:
         if calibration.writer == "ebss":
             balanced = balanced_text(
@@ -519,8 +550,16 @@ def _write_uniform(source: Source, quant_type: QuantType, outfile: Path, n_threa
 
 
 def request_digest(source: Source, calibration: Calibration) -> str:
-    """sha256 over everything the statistics depend on."""
-    digest = hashlib.sha256(f"{__version__} {source_digest(source)} {[t.name for t in CANDIDATES]}".encode())
+    """sha256 over everything the statistics depend on.
+
+    Of the program that is its version and the number of the stage's format, which is raised when the stage computes
+    something else; a digest of the sources would throw hours of work away for a comment.
+    """
+    digest = hashlib.sha256(
+        f"{__version__} {STATS_FORMAT} {_checkpoint(source)} {[t.name for t in CANDIDATES]}".encode()
+    )
+    if not calibration.text_paths:
+        digest.update(f"{TEXT_FORMAT}".encode())
     for path in calibration.text_paths:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -528,3 +567,15 @@ def request_digest(source: Source, calibration: Calibration) -> str:
             raise Moe2ggufError(f"cannot read the calibration text {path}: {error.strerror}") from error
     digest.update(repr(dataclasses.replace(calibration, text_paths=())).encode())
     return digest.hexdigest()
+
+
+def _text_request(source: Source, calibration: Calibration, length: int) -> str:
+    """sha256 over everything that a text by the model depends on."""
+    options = calibration.writer, calibration.n_sequences, length, calibration.seed
+    return hashlib.sha256(f"{__version__} {TEXT_FORMAT} {_checkpoint(source)} {options}".encode()).hexdigest()
+
+
+def _checkpoint(source: Source) -> str:
+    """Weights count as changed when the size or time of a file is: to read them all takes minutes."""
+    files = sorted(file for pattern in ("*.safetensors", "tokenizer*") for file in source.path.glob(pattern))
+    return f"{source_digest(source)} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"

@@ -5,6 +5,7 @@ measurements, a matrix product and an encoding.
 """
 
 import dataclasses
+import re
 import time
 from collections import Counter
 from math import prod
@@ -18,6 +19,7 @@ from rich.table import Table
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table
+from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
@@ -27,7 +29,9 @@ from moe2gguf.pipeline import (
     Calibration,
     Choice,
     fit_budget,
+    most_kv_bytes_per_token,
     outfile_for,
+    sequence_length,
     speeds_for,
     statistics_at_hand,
     work_folder_for,
@@ -35,6 +39,7 @@ from moe2gguf.pipeline import (
 from moe2gguf.probes import BRANCHES_BYTES, EXPERT_PROBE_TYPES
 from moe2gguf.prune import n_kept, shrunk
 from moe2gguf.router import DAMPINGS, HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
+from moe2gguf.sample import n_at_once
 from moe2gguf.source import Source, expert_axis, layer_of, open_source
 
 GIB = 1 << 30
@@ -45,6 +50,8 @@ SPEED_TOKENS = 512
 BASE_BYTES = GIB // 2
 # numba and what it compiles
 COMPILER_BYTES = GIB // 6
+# of a logit that is drawn from: in f32 twice, its probability in f64, and the sum of those before it
+LOGIT_BYTES = 24
 # a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
 LOADING = 1.65
 
@@ -141,6 +148,9 @@ def make_plan(
     inputs = source.n_expert_used / source.n_expert * n_tokens * widest * F32_BYTES
     n_chunk = max(1, min(source.n_expert, CHUNK_BYTES // (8 * widest**2), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
+    # the stream, what the experts are given of it, and that once more while it is put together or squared
+    calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
+    sampled_bytes = 0 if calibration.text_paths else sampling_bytes(source, calibration)
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return ConversionPlan(
         source=source,
@@ -149,9 +159,7 @@ def make_plan(
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
         roles=roles,
-        calibration_ram_bytes=int(
-            BASE_BYTES + outer_bytes + LOADING * layer_bytes + 2 * hidden + min(branches_bytes, BRANCHES_BYTES)
-        ),
+        calibration_ram_bytes=int(BASE_BYTES + max(calibration_bytes, sampled_bytes)),
         quantise_ram_bytes=int(
             BASE_BYTES
             + COMPILER_BYTES
@@ -178,6 +186,22 @@ def make_plan(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),
     )
+
+
+def sampling_bytes(source: Source, calibration: Calibration) -> int:
+    """Of memory while the model writes its own text: keys and values of all sequences side by side, in 16 bits, and the
+    logits of a token of each. The model itself is mapped from disk, and written there one tensor at a time."""
+    length, kv_bytes = sequence_length(source, calibration), most_kv_bytes_per_token(source)
+    if calibration.writer == "ebss":
+        n_parallel = BEAMS * n_groups_at_once(calibration.n_sequences, length, kv_bytes)
+    else:
+        n_parallel = n_at_once(calibration.n_sequences, length, kv_bytes)
+    # where heads share keys or, as in MLA, all have one that is compressed, a token takes less than kv_bytes
+    cached = [t.shape[0] for t in source.tensors if re.search(r"\.attn_(k|v|kv_a_mqa)\.weight$", t.name)]
+    cache_bytes = (2 * sum(cached) if cached else kv_bytes) * length * n_parallel
+    logits_bytes = LOGIT_BYTES * n_parallel * source.tensor("token_embd.weight").shape[0]
+    largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
+    return max(cache_bytes + logits_bytes, 2 * largest_tensor)
 
 
 def _roles(source: Source, table: CostTable, allocation: Allocation) -> tuple[RoleShare, ...]:

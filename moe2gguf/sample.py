@@ -20,6 +20,11 @@ KV_CACHE_BYTES = 1 << 30
 ONE_THREAD_FILE_BYTES = 256 << 20
 
 
+def n_at_once(n_sequences: int, sequence_tokens: int, kv_bytes_per_token: int) -> int:
+    """How many sequences the key-value cache holds side by side."""
+    return max(1, min(n_sequences, MAX_PARALLEL_SEQUENCES, KV_CACHE_BYTES // (kv_bytes_per_token * sequence_tokens)))
+
+
 def sample_text(
     gguf_path: Path,
     n_sequences: int,
@@ -34,8 +39,7 @@ def sample_text(
 
     kv_bytes_per_token bounds how many sequences are held in the key-value cache side by side.
     """
-    n_parallel = min(n_sequences, MAX_PARALLEL_SEQUENCES, KV_CACHE_BYTES // (kv_bytes_per_token * sequence_tokens))
-    n_parallel = max(1, n_parallel)
+    n_parallel = n_at_once(n_sequences, sequence_tokens, kv_bytes_per_token)
     if gguf_path.stat().st_size < ONE_THREAD_FILE_BYTES:
         n_threads = 1
     tokens_SL = np.empty((n_sequences, sequence_tokens), np.int64)

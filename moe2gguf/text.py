@@ -5,12 +5,18 @@ Shapes: S sequences, L tokens of each.
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from moe2gguf.errors import Moe2ggufError
+
+# of the file, and of what it says: raised when the same request gives another text
+FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +49,22 @@ def text_from_files(
     wanted = np.linspace(0, n_whole - 1, min(n_whole, n_sequences)).round().astype(int)
     tokens_SL = np.array(ids[: n_whole * sequence_tokens], np.int64).reshape(n_whole, sequence_tokens)[wanted]
     return CalibrationText(tokens_SL, ", ".join(path.name for path in paths))
+
+
+def save_text(text: CalibrationText, request: str, path: Path) -> None:
+    """What a model wrote, and sha256 of what it was asked for; aside and renamed."""
+    aside = path.with_name(path.name + ".partial")
+    save_file({"tokens": text.tokens_SL}, aside, {"request": request, "origin": text.origin})
+    os.replace(aside, path)
+
+
+def text_at_hand(request: str, path: Path) -> CalibrationText | None:
+    """The text in the file, if there is one and it answers this request."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            if header.get("request") == request:
+                return CalibrationText(file.get_tensor("tokens"), header["origin"])
+    except (OSError, SafetensorError, KeyError):
+        pass
+    return None

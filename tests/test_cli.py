@@ -250,6 +250,29 @@ def test_dry_run_before_and_after_calibration(done, small_text, tmp_path):
 # mistakes
 
 
+@pytest.mark.parametrize("command", [["convert", "x", "--bits", 3], ["calibrate", "x"]])
+@pytest.mark.parametrize("writer", ["sample", "ebss"])
+def test_a_text_and_how_to_write_one(command, writer, small_text):
+    result = run(*command, "--text", small_text, "--calib", writer)
+    assert result.exit_code == 2 and "--calib is how the model writes its own text, and --text is" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "{record}"], ["inspect", "{file}"], ["convert", "{model}", "--bits", "3.6", "--dry-run"]]
+)
+def test_nobody_reads_the_output(arguments, done, tmp_path):
+    """As before `| head -1`, which has gone: it ends without a word, unlike after a mistake."""
+    record = shutil.copy(REPOSITORY / "benchmarks" / "demo.json", tmp_path)
+    words = [a.format(record=record, file=done.results["grouped"].path, model=done.folder) for a in arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = subprocess.run(
+        [sys.executable, "-m", "moe2gguf.cli", *words], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    os.close(writer)
+    assert child.returncode != 0 and not re.search("moe2gguf:|pipe|Traceback|ignored", child.stderr, re.I), child.stderr
+
+
 def test_budgets_out_of_reach(done, small_text, tmp_path):
     common = [*request(done, small_text), "--outfile", tmp_path / "x.gguf"]
     for arguments, text in (

@@ -1,4 +1,5 @@
 import io
+from math import prod
 
 import pytest
 from rich.console import Console
@@ -6,7 +7,7 @@ from rich.console import Console
 from moe2gguf.errors import BudgetError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.pipeline import Budget, Calibration, Choice
-from moe2gguf.plan import _duration, make_plan, render_plan
+from moe2gguf.plan import BASE_BYTES, _duration, make_plan, render_plan, sampling_bytes
 from moe2gguf.source import open_source
 
 
@@ -78,6 +79,46 @@ def test_after_calibration(converted, small_calibration, tmp_path):
 def test_another_request_is_not_taken_for_calibrated(converted, tmp_path):
     done = converted("qwen3_moe")
     assert not planned(done.folder, tmp_path, work_folder=done.work).measured
+
+
+def test_memory_of_sampling(tiny, tmp_path):
+    """Counted by hand: 2 layers, 2 heads of keys and values of 64 columns each in 16 bits, a vocabulary of 320."""
+    folder = tiny("qwen3_moe")
+    source = open_source(folder)
+    shapes = {t.name: t.shape for t in source.tensors}
+    assert shapes["blk.0.attn_k.weight"] == shapes["blk.1.attn_v.weight"]
+    n_kv = shapes["blk.0.attn_k.weight"][0]
+    of_token = 2 * 2 * 2 * n_kv  # layers, keys and values, bytes
+    large = 2 * max(prod(shape) for shape in shapes.values()) * 4
+    for calibration, n_parallel in (
+        (Calibration(n_sequences=128, sequence_tokens=512), 128),
+        (Calibration(n_sequences=500, sequence_tokens=512), 128),
+        (Calibration(n_sequences=100, sequence_tokens=512), 100),
+        (Calibration(n_sequences=20, sequence_tokens=512, writer="ebss"), 80),
+        (Calibration(n_sequences=100, sequence_tokens=512, writer="ebss"), 128),
+    ):
+        wanted = of_token * 512 * n_parallel + 24 * 320 * n_parallel
+        assert wanted > large and sampling_bytes(source, calibration) == wanted
+    # few and short texts: what is left is a tensor on its way into the file
+    assert sampling_bytes(source, Calibration(n_sequences=1, sequence_tokens=16)) == large
+    # MLA caches one compressed key for all heads
+    latent = open_source(tiny("deepseek_v2"))
+    rows = [t.shape[0] for t in latent.tensors if "attn_kv_a_mqa" in t.name]
+    found = sampling_bytes(latent, Calibration(n_sequences=128, sequence_tokens=512))
+    assert len(rows) == latent.n_layer and found == 2 * sum(rows) * 512 * 128 + 24 * 320 * 128
+
+
+def test_sampling_is_planned_for_where_it_takes_most(tiny, tmp_path, monkeypatch):
+    folder, text = tiny("qwen3_moe"), tmp_path / "text.txt"
+    text.write_text("x")
+    read, written = Calibration((text,)), Calibration()
+    assert (
+        planned(folder, tmp_path, calibration=written).calibration_ram_bytes
+        == planned(folder, tmp_path, calibration=read).calibration_ram_bytes
+    )
+    monkeypatch.setattr("moe2gguf.plan.sampling_bytes", lambda *_: 10 * 2**30)
+    assert planned(folder, tmp_path, calibration=written).calibration_ram_bytes == BASE_BYTES + 10 * 2**30
+    assert planned(folder, tmp_path, calibration=read).calibration_ram_bytes < 2**30
 
 
 def test_the_layout_that_a_router_allows(tiny, tmp_path):
