@@ -24,7 +24,7 @@ from moe2gguf import __version__, ggml
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.card import sha256_of
 from moe2gguf.child import Finished, run_child
-from moe2gguf.costs import cost_table, source_digest
+from moe2gguf.costs import cost_table
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.evaluate import held_out_text
 from moe2gguf.gguf_file import file_bytes
@@ -49,7 +49,15 @@ from moe2gguf.peers import (
     quantize_with_types,
     tensor_classes,
 )
-from moe2gguf.pipeline import Budget, Choice, Progress, fit_budget, no_progress, write_float
+from moe2gguf.pipeline import (
+    Budget,
+    Choice,
+    Progress,
+    checkpoint_identity,
+    fit_budget,
+    no_progress,
+    write_float,
+)
 from moe2gguf.provenance import provenance
 from moe2gguf.record import (
     METHODS,
@@ -208,14 +216,14 @@ class _Bench:
         self.text = folder / "held-out.txt"
         self.imatrix = folder / "imatrix.gguf"
         self.work = folder / "statistics"
-        self.digest = source_digest(self.source)
+        self.model = checkpoint_identity(self.source)
         self._calibrate()
         self.stats: CalibrationStats = load_stats(self.work / "stats.safetensors")
         self.base_file = self._base_file()
         self._importance()
 
     def _inputs(self, program: str, **more: Any) -> dict[str, Any]:
-        return {"program": program, "model": self.digest, "threads": self.request.n_threads, **more}
+        return {"program": program, "model": self.model, "threads": self.request.n_threads, **more}
 
     def _ours(self, *words: object) -> list[object]:
         return [sys.executable, "-m", "moe2gguf.cli", *words]
@@ -244,7 +252,10 @@ class _Bench:
 
         def work() -> dict[str, Any]:
             self.progress("moe2gguf calibrate", 0, 0)
-            for path in outputs:  # a run that was cut off may have left them: their cost would not be known
+            for path in [
+                *outputs,
+                self.work / "text.safetensors",
+            ]:  # a run that was cut off may have left them: their cost would not be known
                 path.unlink(missing_ok=True)
             done = run_child(self._ours(*words), self.folder / "moe2gguf.log", what="moe2gguf calibrate")
             return _cost(self._shown("moe2gguf", *words), done)

@@ -549,6 +549,12 @@ def _write_uniform(source: Source, quant_type: QuantType, outfile: Path, n_threa
     return _write(source, plan, {}, target, n_threads, progress)[0]
 
 
+def checkpoint_identity(source: Source) -> str:
+    """Weights and tokenizer count as changed when the size or time of a file is: to read them all takes minutes."""
+    files = sorted(file for pattern in ("*.safetensors", "tokenizer*") for file in source.path.glob(pattern))
+    return f"{source_digest(source)} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
+
+
 def request_digest(source: Source, calibration: Calibration) -> str:
     """sha256 over everything the statistics depend on.
 
@@ -556,7 +562,7 @@ def request_digest(source: Source, calibration: Calibration) -> str:
     something else; a digest of the sources would throw hours of work away for a comment.
     """
     digest = hashlib.sha256(
-        f"{__version__} {STATS_FORMAT} {_checkpoint(source)} {[t.name for t in CANDIDATES]}".encode()
+        f"{__version__} {STATS_FORMAT} {checkpoint_identity(source)} {[t.name for t in CANDIDATES]}".encode()
     )
     if not calibration.text_paths:
         digest.update(f"{TEXT_FORMAT}".encode())
@@ -572,10 +578,4 @@ def request_digest(source: Source, calibration: Calibration) -> str:
 def _text_request(source: Source, calibration: Calibration, length: int) -> str:
     """sha256 over everything that a text by the model depends on."""
     options = calibration.writer, calibration.n_sequences, length, calibration.seed
-    return hashlib.sha256(f"{__version__} {TEXT_FORMAT} {_checkpoint(source)} {options}".encode()).hexdigest()
-
-
-def _checkpoint(source: Source) -> str:
-    """Weights count as changed when the size or time of a file is: to read them all takes minutes."""
-    files = sorted(file for pattern in ("*.safetensors", "tokenizer*") for file in source.path.glob(pattern))
-    return f"{source_digest(source)} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
+    return hashlib.sha256(f"{__version__} {TEXT_FORMAT} {checkpoint_identity(source)} {options}".encode()).hexdigest()
