@@ -225,10 +225,10 @@ quantizer_options = _together(
     ),
     click.option(
         "--router",
-        type=click.Choice(["qesc", "none"]),
+        type=click.Choice(["qesc", "qesc-kl", "none"]),
         default="qesc",
         show_default=True,
-        help="Routers calibrated to what the quantised model gives them, or left as they are.",
+        help="Routers calibrated to what the quantised model gives them; then tuned by gradient, with norms; neither.",
     ),
     click.option(
         "--device",

@@ -24,10 +24,10 @@ from moe2gguf.ebss import balance, balanced_text
 from moe2gguf.encode_experts import describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
-from moe2gguf.gguf_file import KeyValues, Target, ValueType, check_target, file_bytes, write_gguf
+from moe2gguf.gguf_file import KeyValues, Target, check_target, file_bytes, write_gguf
 from moe2gguf.imatrix import read_imatrix, with_imatrix
 from moe2gguf.llama import available_cores
-from moe2gguf.provenance import ROUTER_KEY, provenance
+from moe2gguf.provenance import changed_values, provenance
 from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
 from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.recipe import Recipe
@@ -47,6 +47,8 @@ from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrices, Matrix, Types
 from moe2gguf.text import FORMAT_VERSION as TEXT_FORMAT
 from moe2gguf.text import CalibrationText, save_text, text_at_hand, text_from_files
+from moe2gguf.tuning import describe as describe_tuned
+from moe2gguf.tuning import tune
 
 Note = Callable[[str], None]
 
@@ -228,7 +230,7 @@ def _quantised(
     )
     outcomes = tuple(spool.outcomes())
     note(describe(outcomes))
-    if quantizer.router == "qesc":
+    if quantizer.router != "none":
         calibrate_routers(
             stream,
             stats.tokens_SL,
@@ -242,8 +244,24 @@ def _quantised(
         routers = spool.routers()
         assert routers is not None
         note(describe_routers(routers))
-        flags = [layer in routers.router_ED for layer in range(source.n_layer)]
-        extra_kv = extra_kv | {ROUTER_KEY: (flags, ValueType.ARRAY, ValueType.BOOL)}
+        changed = {f"blk.{layer}.ffn_gate_inp.weight" for layer in routers.router_ED}
+        if quantizer.router == "qesc-kl":
+            tune(
+                source,
+                stream,
+                stats.tokens_SL,
+                types,
+                matrices,
+                spool,
+                seed=stats.seed,
+                n_threads=n_threads,
+                progress=lambda what, done, total: progress(f"routers and norms, {what}", done, total),
+            )
+            tuned = spool.tuned()
+            assert tuned is not None
+            note(describe_tuned(tuned))
+            changed |= tuned.weights.keys()
+        extra_kv = extra_kv | changed_values(source, quantizer, changed)
     paths = _write(source, plan, extra_kv, target, n_threads, progress, spool)
     spool.remove()
     return tuple(paths), outcomes

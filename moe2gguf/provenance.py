@@ -1,5 +1,7 @@
 """Key-values of ours in a file: where it comes from, how to make it again, and what the patched runtime is to skip."""
 
+from collections.abc import Collection
+
 from moe2gguf import __version__
 from moe2gguf.allocate import Allocation
 from moe2gguf.encode_experts import AFFINITIES
@@ -7,11 +9,12 @@ from moe2gguf.gguf_file import KeyValues, ValueType
 from moe2gguf.prune import RECORD
 from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
 from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
-from moe2gguf.source import Source
+from moe2gguf.source import Source, layer_of
 from moe2gguf.stats import CalibrationStats
 
-# bool per layer: whether the file has another router than the checkpoint
+# bool per layer: whether the file has another router than the checkpoint; another norm, in the end the last one of all
 ROUTER_KEY = "moe2gguf.router_calibrated"
+NORMS_KEY = "moe2gguf.norms_calibrated"
 
 
 def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> KeyValues:
@@ -35,6 +38,18 @@ def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> 
         thresholds = frequency_thresholds(stats, skipping.prompt_share)
         put("frequency", thresholds.limit_L)
         said("skip_prompt", thresholds)
+    return values
+
+
+def changed_values(source: Source, quantizer: Quantizer, tensors: Collection[str]) -> KeyValues:
+    """Of which layers the routers and norms are not the checkpoint's; tensors: their names."""
+    routers = {layer_of(name) for name in tensors if "ffn_gate_inp" in name}
+    norms = {layer_of(name) for name in tensors if "norm" in name}
+    by_layer = [layer in routers for layer in range(source.n_layer)]
+    with_last = [layer in norms for layer in [*range(source.n_layer), None]]
+    values: KeyValues = {ROUTER_KEY: (by_layer, ValueType.ARRAY, ValueType.BOOL)}
+    if quantizer.router == "qesc-kl":
+        values[NORMS_KEY] = (with_last, ValueType.ARRAY, ValueType.BOOL)
     return values
 
 
@@ -64,9 +79,9 @@ def provenance(
         "quantize.imatrix.dataset": (stats.text, string, None),
         "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
     }
-    if quantizer.feedback and quantizer.router == "qesc":
+    if quantizer.feedback and quantizer.router != "none":
         # known when all is quantised
-        values[ROUTER_KEY] = ([False] * source.n_layer, ValueType.ARRAY, ValueType.BOOL)
+        values |= changed_values(source, quantizer, ())
     values |= skip_values(source, stats, skipping)
     if pruning := source.hparams.get(RECORD):
         values["moe2gguf.pruned_from.sha256"] = (pruning["source_sha256"], string, None)

@@ -156,7 +156,11 @@ def encode_tensors(
     """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
     with ggml.encoding_threads(n_threads) as pool:
         calibrated = None if spool is None else spool.routers()
-        routers = {} if calibrated is None else calibrated.router_ED
+        fitted = (
+            {} if calibrated is None else {f"blk.{i}.ffn_gate_inp.weight": r for i, r in calibrated.router_ED.items()}
+        )
+        tuned = None if spool is None else spool.tuned()
+        fitted |= {} if tuned is None else tuned.weights
         weight: np.ndarray | None = None
         for done, tensor in enumerate(plan.tensors):
             progress(tensor.name, done, len(plan.tensors))
@@ -164,8 +168,7 @@ def encode_tensors(
             if spool is not None and layer is not None and tensor.expert_matrices and spool.has(layer):
                 yield tensor, _spooled(tensor, spool, layer)
                 continue
-            if layer in routers and tensor.name == f"blk.{layer}.ffn_gate_inp.weight":
-                weight = routers[layer]
+            weight = fitted.get(tensor.name, weight)
             if weight is None:
                 weight = tensor.source.load()
             yield tensor, _encode(tensor, weight, pool)

@@ -134,7 +134,7 @@ def calibrate_routers(
     if spool.routers() is not None:
         return
     n_sequences, length = tokens_SL.shape
-    held_out_S = _held_out(n_sequences, length)
+    held_out_S = held_out(n_sequences, length)
     held_out_T = held_out_S.repeat_interleave(length)
     layers = {layer for layer, _, _ in types}
     fits: dict[int, Fit] = {}
@@ -184,7 +184,7 @@ def calibrate_routers(
     )
 
 
-def _held_out(n_sequences: int, length: int) -> torch.Tensor:
+def held_out(n_sequences: int, length: int) -> torch.Tensor:
     """bool (S,): from all of the text."""
     n = max(1, min(n_sequences // HELD_OUT, MAX_HELD_OUT_TOKENS // length))
     held_out_S = torch.zeros(n_sequences, dtype=torch.bool)

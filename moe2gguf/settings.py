@@ -64,7 +64,7 @@ class Quantizer:
     feedback: bool = True  # False: ggml's encoder alone
     affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
-    router: str = "qesc"  # "none" leaves routers as they are
+    router: str = "qesc"  # "none" leaves routers as they are, "qesc-kl" goes on from qesc by gradient
 
 
 DEFAULT_QUANTIZER = Quantizer()

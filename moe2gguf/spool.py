@@ -43,6 +43,17 @@ class Routers:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What descent on the KL divergence did, on held-out text, and the routers and norms that are kept."""
+
+    weights: dict[str, np.ndarray]  # f32, by the file's name, experts in the checkpoint's order
+    kl_before: float  # nats per token
+    kl_after: float
+    agreement_before: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Spool:
     """Blocks by layer, matrix ("gate", "up", "down") and the checkpoint's expert."""
 
@@ -74,6 +85,22 @@ class Spool:
                 return Routers(router_ED, **{name: float(value) for name, value in file.metadata().items()})
         except (OSError, SafetensorError):
             return None
+
+    def put_tuned(self, tuned: Tuned) -> None:
+        header = {name: repr(value) for name, value in vars(tuned).items() if name != "weights"}
+        self._save(self._tuned, tuned.weights, header)
+
+    def tuned(self) -> Tuned | None:
+        try:
+            with safe_open(self._tuned, framework="np") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+                return Tuned(weights, **{name: float(value) for name, value in file.metadata().items()})
+        except (OSError, SafetensorError):
+            return None
+
+    @property
+    def _tuned(self) -> Path:
+        return self.folder / "tuned.safetensors"
 
     @property
     def _routers(self) -> Path:

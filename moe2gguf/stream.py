@@ -122,6 +122,8 @@ class LayerStream:
         if self.head.weight.is_meta:
             self.model.tie_weights()
         _check("", self.model)
+        # loading makes parameters that ask for gradients
+        self.model.requires_grad_(False)
 
     @property
     def n_layers(self) -> int:
@@ -174,6 +176,7 @@ class LayerStream:
         self._load(self._names_by_layer[index])
         self.model.model.layers[index] = self._stand_ins[index]
         _check(self.layer_prefixes[index], layer)
+        layer.requires_grad_(False)
         try:
             yield layer
         finally:
@@ -185,7 +188,9 @@ class LayerStream:
                         )
             _return_freed_memory()
 
-    @torch.inference_mode()
+    # what is kept for later calls may meet gradients there, which inference mode's tensors cannot
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
         self.model.model(input_ids=tokens_BL, use_cache=False)
@@ -197,6 +202,10 @@ class LayerStream:
     @torch.inference_mode()
     def run(self, index: int, layer: nn.Module, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Decoder layer `index` on f32 (B, L, D)."""
+        return self.apply(index, layer, hidden_BLD)
+
+    def apply(self, index: int, layer: nn.Module, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """As `run`, with gradients where they are asked for."""
         shape = (hidden_BLD.shape[0], hidden_BLD.shape[1])
         if shape not in self._call_kwargs:
             self.embed(torch.zeros(shape, dtype=torch.int64))
@@ -206,6 +215,10 @@ class LayerStream:
     @torch.inference_mode()
     def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """f32 (B, L, D) after the last decoder layer -> f32 (B, L, V)."""
+        return self.apply_head(hidden_BLD)
+
+    def apply_head(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """As `logits`, with gradients where they are asked for."""
         last = self._stand_ins[-1]
         last.replacement_BLD = hidden_BLD
         try:

@@ -64,7 +64,7 @@ TOLERATED_FACTOR = 3.0
 # A matrix of zeros has error 1, another expert's weights about 1.4: no type may come near.
 LARGEST_ERROR = 0.9
 # Error feedback fits an expert's down projection to what its gate and up became, at any type of its own, and a
-# calibrated router is fitted to what reaches it; one with rows of other experts is off by 1.4.
+# calibrated router or norm is fitted to what reaches it; a router with rows of other experts is off by 1.4.
 FITTED_ERROR = 0.5
 
 _N_SAMPLED = 4096
@@ -118,8 +118,7 @@ def verify_file(
     problems = list(_key_value_problems(file, source))
     orders, order_problems = _expert_orders(file, source)
     problems += order_problems
-    flags = file.kv.get("moe2gguf.router_calibrated")
-    calibrated = [f"blk.{i}.ffn_gate_inp.weight" for i, flag in enumerate([] if flags is None else flags) if flag]
+    routers, norms = (_flagged(file, f"moe2gguf.{what}_calibrated") for what in ("router", "norms"))
     checks: list[TensorCheck] = []
     with ThreadPoolExecutor(n_threads or available_cores()) as pool:
         for number, wanted in enumerate(source.tensors):
@@ -131,7 +130,11 @@ def verify_file(
                 continue
             order = orders.get(layer_of(wanted.name)) if expert_axis(wanted.name) == 0 else None
             fitted = "ffn_down_exps" in wanted.name and bool(file.kv.get("moe2gguf.feedback"))
-            fitted |= wanted.name in calibrated
+            fitted |= wanted.name in {f"blk.{layer}.ffn_gate_inp.weight" for layer in routers}
+            # the last flag is the final norm's
+            fitted |= "norm" in wanted.name and layer_of(wanted.name) in {
+                i if i < source.n_layer else None for i in norms
+            }
             comparison = _Comparison(wanted, parts, order, pool, FITTED_ERROR if fitted else 0.0)
             checks += comparison.checks
             problems += comparison.problems
@@ -139,6 +142,11 @@ def verify_file(
     if progress:
         progress(len(source.tensors), len(source.tensors), "")
     return VerifyReport(Path(path), len(source.tensors), tuple(checks), tuple(problems))
+
+
+def _flagged(file: GgufFile, key: str) -> list[int]:
+    flags = file.kv.get(key)
+    return [i for i, flag in enumerate([] if flags is None else flags) if flag]
 
 
 def _key_value_problems(file: GgufFile, source: Source) -> Iterator[str]:

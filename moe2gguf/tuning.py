@@ -1,0 +1,349 @@
+"""Routers and norms by descent on the KL divergence from the model, when all else is quantised (the last pass of QESC,
+EAC-MoE, arXiv:2508.01625).
+
+Adam over the routers and the RMS norms alone, which a GGUF has in F32 anyway; a step takes some sequences through the
+quantised model and back, one layer in memory. Held-out sequences decide: beside the stream through all that is new run
+others, each with one layer as it was.
+
+Shapes: S sequences, L tokens of each, l tokens of one of them, B sequences at a time, H held-out sequences, D hidden,
+K selected experts per token or columns, V vocabulary, N rows.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from torch import nn
+
+from moe2gguf import ggml
+from moe2gguf.backward import backward, chunks
+from moe2gguf.capture import LayerCapture
+from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.router import TRIALS_BYTES, agreement, held_out
+from moe2gguf.source import Source
+from moe2gguf.spool import Spool, Tuned
+from moe2gguf.states import States
+from moe2gguf.stream import LayerStream
+from moe2gguf.streams import BATCH_TOKENS, ROWS_PER_JOB, Matrices, Progress, Streams, Types, put_back
+
+N_STEPS = 16
+STEP_TOKENS = 8192
+# of the root mean square of what is changed; it rises over the first steps and falls to nothing
+LEARNING_RATE = 0.005
+WARM_UP_STEPS = 3
+BETAS = (0.9, 0.99)
+
+# f32, by the name of the module: "layers.0.mlp.gate", "norm"
+Weights = Mapping[str, torch.Tensor]
+
+
+class QuantisedModel:
+    """The stream's layers, and what comes after the last, as the file will have them."""
+
+    def __init__(self, stream: LayerStream, types: Types, matrices: Matrices, spool: Spool, pool: ThreadPoolExecutor):
+        self.stream, self._types, self._matrices, self._spool, self._pool = stream, types, matrices, spool, pool
+        # encoded once: every step needs them twice
+        self._blocks: dict[str, list[np.ndarray]] = {}
+        self.norm_name, self._norm = next((n, m) for n, m in stream.model.model.named_children() if is_rms_norm(m))
+        self._exact_head, self._exact_norm = stream.head.weight, self._norm.weight
+        is_tied = stream.head.weight is stream.embedding_VD
+        self._found_head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)
+        self._quantise("embed_tokens" if is_tied else "lm_head", self._found_head)
+
+    def prepare(self, index: int, layer: nn.Module, weights: Weights) -> dict[str, nn.Parameter]:
+        """Makes the layer just loaded the file's, with these routers and norms; returns them."""
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                self._quantise(f"layers.{index}.{path}", module.weight)
+        block = find_experts(layer)
+        of_layer = {(matrix, expert): t for (l, matrix, expert), t in self._types.items() if l == index}
+        if block is not None and of_layer:
+            put_back(block, of_layer, self._spool, index)
+        tuned = {name: weight for name, weight in tunable(index, layer, block).items() if name in weights}
+        for name, weight in tuned.items():
+            weight.data.copy_(weights[name])
+        return tuned
+
+    @contextmanager
+    def after_last(self, weights: Weights) -> Iterator[nn.Parameter]:
+        """The file's head, with this final norm, which is handed out."""
+        self.stream.head.weight = self._found_head
+        self._norm.weight = nn.Parameter(weights.get(self.norm_name, self._exact_norm).clone(), requires_grad=False)
+        try:
+            yield self._norm.weight
+        finally:
+            self.stream.head.weight, self._norm.weight = self._exact_head, self._exact_norm
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """The model's own head and final norm, inside of after_last."""
+        found = self.stream.head.weight, self._norm.weight
+        self.stream.head.weight, self._norm.weight = self._exact_head, self._exact_norm
+        try:
+            yield
+        finally:
+            self.stream.head.weight, self._norm.weight = found
+
+    def kl(self, exact_1lD: torch.Tensor, logits_lV: torch.Tensor) -> torch.Tensor:
+        """Σ over tokens of KL(model ‖ file), nats."""
+        with self.exactly():
+            clean_lV = torch.log_softmax(self.stream.logits(exact_1lD)[0], -1)
+        # inference mode's tensors cannot be kept for gradients
+        clean_lV = clean_lV.clone()
+        return (clean_lV.exp() * (clean_lV - torch.log_softmax(logits_lV, -1))).sum()
+
+    def _quantise(self, name: str, weight_NK: torch.Tensor) -> None:
+        if (matrix := self._matrices.get(name)) is None:
+            return
+        parts = weight_NK.data.split(ROWS_PER_JOB)
+        if name not in self._blocks:
+            jobs = [
+                self._pool.submit(ggml.encode, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
+            ]
+            self._blocks[name] = [job.result() for job in jobs]
+        for part, blocks_NB in zip(parts, self._blocks[name], strict=True):
+            part.copy_(torch.from_numpy(ggml.decode(blocks_NB, matrix.quant_type, part.shape[1])))
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.ndim == 1
+
+
+def tunable(index: int, layer: nn.Module, block: ExpertBlock | None) -> dict[str, nn.Parameter]:
+    """The layer's router and RMS norms."""
+    return {
+        f"layers.{index}.{path}": module.weight
+        for path, module in layer.named_modules()
+        if is_rms_norm(module) or (block is not None and getattr(module, "weight", None) is block.router_ED)
+    }
+
+
+def tune(
+    source: Source,
+    stream: LayerStream,
+    tokens_SL: np.ndarray,
+    types: Types,
+    matrices: Matrices,
+    spool: Spool,
+    *,
+    seed: int,
+    n_threads: int,
+    progress: Progress,
+) -> None:
+    """Leaves the routers and norms that help in the spool, which has all of the experts. Not in inference mode."""
+    if spool.tuned() is not None:
+        return
+    held_out_S = held_out(*tokens_SL.shape)
+    with ggml.encoding_threads(n_threads) as pool:
+        model = QuantisedModel(stream, types, matrices, spool, pool)
+        streams = Streams(stream, tokens_SL, matrices, pool, progress)
+        names = _Names(source)
+        before, selected = _as_it_was(model, streams, spool, names, held_out_S)
+        found_SLD, exact_SLD = streams.found_SLD, streams.exact_SLD
+        judge = Judge(model, found_SLD[held_out_S], exact_SLD[held_out_S], selected, spool, progress)
+        after = descended(
+            model, before, found_SLD[~held_out_S], exact_SLD[~held_out_S], seed=seed, spool=spool, progress=progress
+        )
+        trial = judge.trial(before, after, range(stream.n_layers + 1))
+        helps = {unit for unit, kl in trial.kl_without.items() if kl > trial.kl_after}
+        kept = {name: weight for name, weight in after.items() if _unit(name, stream.n_layers) in helps}
+        if len(kept) < len(after):
+            trial = judge.trial(before, before | kept, ())
+        if trial.kl_after >= trial.kl_before:
+            kept.clear()
+    weights = {names.in_file[name]: weight.numpy() for name, weight in kept.items()}
+    spool.put_tuned(Tuned(weights, trial.kl_before, trial.kl_after, trial.agreement_before, trial.agreement))
+
+
+def _as_it_was(
+    model: QuantisedModel, streams: Streams, spool: Spool, names: "_Names", held_out_S: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+    """Takes the model's own stream through all layers. -> what may be tuned, routers as they are calibrated; and by
+    layer the experts that the model selects for held-out tokens, i64 (H·L, K)."""
+    routers = spool.routers()
+    router_ED = {} if routers is None else routers.router_ED
+    held_out_T = held_out_S.repeat_interleave(streams.exact_SLD.shape[1])
+    before: dict[str, torch.Tensor] = {}
+    selected: dict[int, torch.Tensor] = {}
+    for index in range(model.stream.n_layers):
+        with streams.layer(index) as (layer, block):
+            capture = LayerCapture(layer, block)
+            with capture.listening():
+                streams.advance(streams.exact_SLD)
+            for name, weight in tunable(index, layer, block).items():
+                is_router = block is not None and weight is block.router_ED
+                if names.add(name, weight, f"blk.{index}.ffn_gate_inp.weight" if is_router else None):
+                    is_calibrated = is_router and index in router_ED
+                    before[name] = torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().clone()
+            if block is not None:
+                selected[index] = capture.selected()[held_out_T]
+    with model.after_last({}) as norm:
+        if names.add(model.norm_name, norm, None):
+            before[model.norm_name] = norm.detach().clone()
+    return before, selected
+
+
+def _unit(name: str, n_layers: int) -> int:
+    """What is kept or goes back together: a layer's routers and norms; the final norm comes after the last layer."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else n_layers
+
+
+class _Names:
+    """The file's names of routers and norms that the converter takes as they are; others are not tuned."""
+
+    def __init__(self, source: Source):
+        self.in_file: dict[str, str] = {}
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.arch)
+        self._map = gguf.get_tensor_name_map(arch, source.n_layer)
+        self._tensors = {tensor.name: tensor for tensor in source.tensors}
+
+    def add(self, module: str, weight: torch.Tensor, name: str | None) -> bool:
+        name = name or f"{self._map.get_name(f'model.{module}')}.weight"
+        tensor = self._tensors.get(name)
+        if tensor is None or not np.array_equal(tensor.load(), weight.detach().numpy()):
+            return False
+        self.in_file[module] = name
+        return True
+
+
+def descended(
+    model: QuantisedModel,
+    start: Weights,
+    found_SLD: torch.Tensor,
+    exact_SLD: torch.Tensor,
+    *,
+    seed: int,
+    spool: Spool,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Adam's weights. found_SLD: what the first layer is given; exact_SLD: what the model's own last layer gives."""
+    n_sequences, length, _ = found_SLD.shape
+    per_step = min(max(1, STEP_TOKENS // length), n_sequences)
+    weights = {name: nn.Parameter(weight.clone()) for name, weight in start.items()}
+    groups = [
+        {"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in weights.values()
+    ]
+    optimiser = torch.optim.Adam(groups, betas=BETAS)
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    now = {name: weight.detach() for name, weight in weights.items()}  # the same memory
+    for step in range(N_STEPS if n_sequences else 0):
+        progress("tuning", step, N_STEPS)
+        while len(order) < per_step:
+            order += rng.permutation(n_sequences).tolist()
+        step_S, order = torch.tensor(order[:per_step]), order[per_step:]
+        exact_BLD = exact_SLD[step_S]
+
+        def loss(logits_lV: torch.Tensor, s: int, tokens: slice, exact_BLD: torch.Tensor = exact_BLD) -> torch.Tensor:
+            return model.kl(exact_BLD[s : s + 1, tokens], logits_lV) / exact_BLD[..., 0].numel()
+
+        def prepare(index: int, layer: nn.Module) -> None:
+            for weight in model.prepare(index, layer, now).values():
+                weight.requires_grad_(True)
+
+        def finish(index: int, layer: nn.Module) -> None:
+            for name, weight in tunable(index, layer, find_experts(layer)).items():
+                if name in weights:
+                    weights[name].grad = weight.grad
+
+        with model.after_last(now) as norm:
+            norm.requires_grad_(True)
+            backward(
+                model.stream, found_SLD[step_S], loss, prepare=prepare, finish=finish,
+                batch_sequences=max(1, BATCH_TOKENS // length), scratch_folder=spool.folder,
+            )  # fmt: skip
+            if model.norm_name in weights:
+                weights[model.norm_name].grad = norm.grad
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)
+        optimiser.step()
+    return now
+
+
+@dataclass(frozen=True)
+class Trial:
+    kl_before: float  # nats per token
+    kl_after: float
+    agreement_before: float
+    agreement: float
+    kl_without: dict[int, float]  # by unit, with all others
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Held-out sequences through the file."""
+
+    model: QuantisedModel
+    found_HLD: torch.Tensor  # what the first layer is given
+    exact_HLD: torch.Tensor  # what the model's own last layer gives
+    selected: Mapping[int, torch.Tensor]  # by layer, the experts that the model selects, i64 (H·L, K)
+    spool: Spool
+    progress: Progress
+
+    @torch.inference_mode()
+    def trial(self, before: Weights, after: Weights, units: Collection[int]) -> Trial:
+        """With all of either, and with all of `after` but one of the units."""
+        stream = self.model.stream
+        before_HLD, after_HLD = self.found_HLD.clone(), self.found_HLD.clone()
+        without = States[int](TRIALS_BYTES, self.spool.folder)
+        agreements: list[tuple[float, float]] = []
+        for index in range(stream.n_layers):
+            self.progress("tuned on held-out text", index, stream.n_layers)
+            with stream.layer(index) as layer:
+                block = find_experts(layer)
+                self.model.prepare(index, layer, before)
+                selected_before, selected = LayerCapture(layer, block), LayerCapture(layer, block)
+                with selected_before.listening():
+                    before_HLD = self._run(index, layer, before_HLD)
+                without_HLD = self._run(index, layer, after_HLD) if index in units else None
+                for name, weight in tunable(index, layer, block).items():
+                    if name in after:
+                        weight.copy_(after[name])
+                with selected.listening():
+                    after_HLD = self._run(index, layer, after_HLD)
+                for unit in without:
+                    without[unit] = self._run(index, layer, without[unit])
+                if without_HLD is not None:
+                    without[index] = without_HLD
+                if block is not None:
+                    agreements.append(
+                        (
+                            agreement(self.selected[index], selected_before.selected()),
+                            agreement(self.selected[index], selected.selected()),
+                        )
+                    )
+        with self.model.after_last(before):
+            kl_before = self._kl(before_HLD)
+            kl_without = {stream.n_layers: self._kl(after_HLD)} if stream.n_layers in units else {}
+        with self.model.after_last(after):
+            kl_after = self._kl(after_HLD)
+            kl_without |= {unit: self._kl(without[unit]) for unit in without}
+        without.close()
+        agreement_before, agreement_after = np.mean(agreements, 0).tolist()
+        return Trial(kl_before, kl_after, agreement_before, agreement_after, kl_without)
+
+    def _run(self, index: int, layer: nn.Module, hidden_HLD: torch.Tensor) -> torch.Tensor:
+        batch = max(1, BATCH_TOKENS // hidden_HLD.shape[1])
+        return torch.cat([self.model.stream.run(index, layer, part) for part in hidden_HLD.split(batch)])
+
+    def _kl(self, hidden_HLD: torch.Tensor) -> float:
+        """Nats per token."""
+        total = 0.0
+        for s, tokens in chunks(hidden_HLD):
+            logits_lV = self.model.stream.logits(hidden_HLD[s : s + 1, tokens])[0]
+            total += float(self.model.kl(self.exact_HLD[s : s + 1, tokens], logits_lV))
+        return total / hidden_HLD[..., 0].numel()
+
+
+def describe(tuned: Tuned) -> str:
+    n_routers = sum("ffn_gate_inp" in name for name in tuned.weights)
+    return (
+        f"tuned routers: {n_routers}, norms: {len(tuned.weights) - n_routers}; KL divergence on held-out text "
+        f"{tuned.kl_before:.5f} -> {tuned.kl_after:.5f}, experts chosen as by the model "
+        f"{tuned.agreement_before:.1%} -> {tuned.agreement:.1%}"
+    )

@@ -1,0 +1,218 @@
+"""Routers and norms by descent: trials against whole models, and what of it gets into the file."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moe2gguf import ggml, tuning
+from moe2gguf.capture import LayerCapture
+from moe2gguf.experts import find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.pipeline import Calibration, Quantizer, convert
+from moe2gguf.router import Trials, agreement
+from moe2gguf.source import open_source
+from moe2gguf.spool import Spool, Tuned
+from moe2gguf.stream import LayerStream
+from moe2gguf.streams import Matrix, put_back
+from moe2gguf.tuning import Judge, QuantisedModel, Trial, descended, tune
+from moe2gguf.verify import verify_file
+from tests.conftest import LAYOUTS, cheap_measurements
+from tests.test_encode_experts import TOKENS_SL, encode, every_expert
+from tests.tiny_moe import CORPUS, load_whole
+
+TYPES = every_expert(QuantType.IQ2_XXS)
+MATRICES = {
+    name: Matrix(QuantType.Q4_0, None) for name in ("embed_tokens", "layers.0.self_attn.q_proj", "lm_head")
+}  # fmt: skip
+TOKENS = torch.from_numpy(TOKENS_SL)
+HELD_OUT = TOKENS[::4]
+ROUTER, NORM, LAST = "layers.1.mlp.gate", "layers.0.input_layernorm", "norm"
+
+
+@pytest.fixture(scope="module")
+def spool(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Spool:
+    """A small qwen3_moe's experts."""
+    spool = Spool(tmp_path_factory.mktemp("spool"))
+    encode(tiny("qwen3_moe"), TYPES, spool)
+    return spool
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path], spool: Spool) -> Iterator[QuantisedModel]:
+    with ThreadPoolExecutor(2) as pool:
+        yield QuantisedModel(LayerStream(tiny("qwen3_moe")), TYPES, MATRICES, spool, pool)
+
+
+def whole_quantised(folder: Path, spool: Spool, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    model = load_whole(folder)
+    modules = dict(model.model.named_modules()) | {"lm_head": model.lm_head}
+    for name, matrix in MATRICES.items():
+        exact_NK = modules[name].weight.data.numpy()
+        modules[name].weight.data = torch.from_numpy(ggml.round_trip(exact_NK, matrix.quant_type))
+    for index, layer in enumerate(model.model.layers):
+        block = find_experts(layer)
+        assert block is not None
+        put_back(block, {(m, e): t for (l, m, e), t in TYPES.items() if l == index}, spool, index)
+    for name, weight in weights.items():
+        modules[name].weight.data = weight.clone()
+    return model
+
+
+@torch.no_grad()
+def kl_and_selected(exact: PreTrainedModel, found: PreTrainedModel) -> tuple[float, list[torch.Tensor]]:
+    captures = [LayerCapture(layer, find_experts(layer)) for layer in found.model.layers]
+    clean_SLV = exact(HELD_OUT).logits.log_softmax(-1)
+    with captures[0].listening(), captures[1].listening():
+        other_SLV = found(HELD_OUT).logits.log_softmax(-1)
+    kl = (clean_SLV.exp() * (clean_SLV - other_SLV)).sum(-1).mean(dtype=torch.float64)
+    return float(kl), [capture.selected() for capture in captures]
+
+
+def stream_through(stream: LayerStream) -> torch.Tensor:
+    hidden_SLD = stream.embed(TOKENS)
+    for index in range(stream.n_layers):
+        with stream.layer(index) as layer:
+            hidden_SLD = stream.run(index, layer, hidden_SLD)
+    return hidden_SLD.clone()
+
+
+def test_trials_are_runs_of_whole_models(tiny: Callable[..., Path], spool: Spool, model: QuantisedModel) -> None:
+    folder = tiny("qwen3_moe")
+    exact = load_whole(folder)
+    modules = dict(exact.model.named_modules())
+    before = {name: modules[name].weight.data.clone() for name in (ROUTER, NORM, LAST)}
+    rng = torch.Generator().manual_seed(0)
+    after = {name: weight * (1 + 0.3 * torch.randn(weight.shape, generator=rng)) for name, weight in before.items()}
+    _, chosen = kl_and_selected(exact, exact)
+    embedding = ggml.round_trip(model.stream.embedding_VD.numpy(), QuantType.Q4_0)
+    judge = Judge(
+        model, torch.from_numpy(embedding)[HELD_OUT], stream_through(model.stream)[::4], dict(enumerate(chosen)),
+        spool, lambda *_: None,
+    )  # fmt: skip
+    trial = judge.trial(before, after, range(3))
+
+    wanted_before, selected_before = kl_and_selected(exact, whole_quantised(folder, spool, before))
+    wanted_after, selected = kl_and_selected(exact, whole_quantised(folder, spool, after))
+    assert (trial.kl_before, trial.kl_after) == pytest.approx((wanted_before, wanted_after), rel=1e-4)
+    for unit, name in enumerate((NORM, ROUTER, LAST)):
+        without = after | {name: before[name]}
+        wanted, _ = kl_and_selected(exact, whole_quantised(folder, spool, without))
+        assert trial.kl_without[unit] == pytest.approx(wanted, rel=1e-4), name
+    for found, ids in ((trial.agreement_before, selected_before), (trial.agreement, selected)):
+        assert found == pytest.approx(np.mean([agreement(*pair) for pair in zip(chosen, ids, strict=True)]))
+    assert model.stream.head.weight is model._exact_head and model._norm.weight is model._exact_norm
+
+
+def test_descent_follows_the_gradient_of_the_whole_model(
+    tiny: Callable[..., Path], spool: Spool, model: QuantisedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps over all of the text, by torch's Adam on the model as one."""
+    monkeypatch.setattr(tuning, "N_STEPS", 3)
+    monkeypatch.setattr(tuning, "STEP_TOKENS", TOKENS.numel())
+    folder = tiny("qwen3_moe")
+    exact = load_whole(folder)
+    modules = dict(exact.model.named_modules())
+    before = {name: modules[name].weight.data.clone() for name in (ROUTER, NORM, LAST)}
+    embedding = torch.from_numpy(ggml.round_trip(model.stream.embedding_VD.numpy(), QuantType.Q4_0))
+    exact_SLD = stream_through(model.stream)
+    found = descended(
+        model, before, embedding[TOKENS], exact_SLD, seed=0, spool=spool, progress=lambda *_: None
+    )  # fmt: skip
+
+    whole = whole_quantised(folder, spool, before)
+    weights = {name: dict(whole.model.named_modules())[name].weight.requires_grad_(True) for name in before}
+    size = {name: before[name].square().mean().sqrt() for name in before}
+    optimiser = torch.optim.Adam(
+        [{"params": [w], "size": size[name]} for name, w in weights.items()], betas=tuning.BETAS
+    )
+    with torch.no_grad():
+        clean_SLV = exact(TOKENS).logits.log_softmax(-1)
+    kls = []
+    for rise, fall in ((1 / 3, 1), (2 / 3, 2 / 3), (1, 1 / 3)):
+        optimiser.zero_grad()
+        kl = (clean_SLV.exp() * (clean_SLV - whole(TOKENS).logits.log_softmax(-1))).sum(-1).mean()
+        kl.backward()
+        kls.append(float(kl.detach()))
+        for group in optimiser.param_groups:
+            group["lr"] = tuning.LEARNING_RATE * group["size"] * rise * fall
+        optimiser.step()
+    assert kls[0] > kls[1] > kls[2]
+    for name, weight in weights.items():
+        # where a gradient is nearly zero, Adam makes a step of its sign
+        moved = (weight.detach() - before[name]).abs().mean()
+        assert (found[name] - weight.detach()).abs().mean() <= 0.02 * moved, name
+        assert not torch.equal(found[name], before[name])
+
+
+def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is better as it was goes back, and all of them if what is left does not help."""
+    monkeypatch.setattr(tuning, "N_STEPS", 1)
+    folder = tiny("qwen3_moe")
+    asked: list[set[str]] = []
+
+    def tuned(kl_kept: float) -> Tuned:
+        def trial(self: Judge, before: dict, after: dict, units: range) -> Trial:
+            asked.append({name for name in after if not torch.equal(after[name], before[name])})
+            return Trial(0.2, 0.1 if units else kl_kept, 0.9, 0.95, {0: 0.15, 1: 0.05, 2: 0.15} if units else {})
+
+        monkeypatch.setattr(Judge, "trial", trial)
+        (spool.folder / "tuned.safetensors").unlink(missing_ok=True)
+        tune(
+            open_source(folder), LayerStream(folder), TOKENS_SL, TYPES, MATRICES, spool, seed=0, n_threads=2,
+            progress=lambda *_: None,
+        )  # fmt: skip
+        found = spool.tuned()
+        assert found is not None
+        return found
+
+    kept = tuned(0.08)
+    assert (kept.kl_before, kept.kl_after, kept.agreement) == (0.2, 0.08, 0.95)
+    assert {"blk.0.ffn_gate_inp.weight", "blk.0.attn_q_norm.weight", "output_norm.weight"} <= kept.weights.keys()
+    assert not any(name.startswith("blk.1.") for name in kept.weights)
+    assert any(name.startswith("layers.1.") for name in asked[0]) and len(asked[1]) == len(kept.weights)
+    assert not tuned(0.3).weights
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_file_has_what_is_kept(
+    layout: str, needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second layer and after the last, in the file's order of experts; verify knows, and the first is exact."""
+    monkeypatch.setattr(Trials, "judge", lambda self, *_: ([], 0.2, 0.1))
+    monkeypatch.setattr(tuning, "descended", lambda _model, before, *_, **__: {n: 1.1 * w for n, w in before.items()})
+    monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, {0: 0.05, 1: 0.15, 2: 0.15}))
+    folder = tiny("qwen3_moe")
+    words = np.random.default_rng(0).choice(" ".join(CORPUS).split(), 1500)
+    (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    said: list[str] = []
+    with cheap_measurements():
+        path = convert(
+            folder, tmp_path / "tuned.gguf", bits=3.0, layout=layout, quantizer=Quantizer(router="qesc-kl"),
+            calibration=Calibration((tmp_path / "text.txt",), n_sequences=48, sequence_tokens=32, n_probe_tokens=64),
+            work_folder=tmp_path / "work", note=said.append,
+        ).path  # fmt: skip
+    assert any("tuned routers: 1, norms: 5;" in line for line in said)
+    source = open_source(folder)
+    assert verify_file(path, source).ok
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    order = reader.get_field("moe2gguf.expert_order.1")
+    for name in ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm", "ffn_gate_inp"):
+        for layer, factor in ((0, 1.0), (1, 1.1)):
+            wanted = source.tensor(f"blk.{layer}.{name}.weight").load() * np.float32(factor)
+            field = reader.get_field(f"moe2gguf.expert_order.{layer}")
+            if name == "ffn_gate_inp" and field is not None:
+                wanted = wanted[field.contents()]
+            np.testing.assert_allclose(tensors[f"blk.{layer}.{name}.weight"], wanted, rtol=1e-6)
+    assert (order is None) == (layout == "stock")
+    np.testing.assert_allclose(
+        tensors["output_norm.weight"], source.tensor("output_norm.weight").load() * 1.1, rtol=1e-6
+    )
+    flags = {key: reader.get_field(f"moe2gguf.{key}_calibrated").contents() for key in ("router", "norms")}
+    assert flags == {"router": [False, True], "norms": [False, True, True]}
