@@ -1,23 +1,27 @@
 """One pass over the checkpoint: what the experts see, what each type would break, and how much the model minds.
 
 Layer by layer, on the full-precision stream, three things are gathered while the layer is in memory: statistics and
-importance (here), output errors of the candidate types (measure.py), probes of the KL divergence (probes.py).
+importance (here), output errors of the candidate types (measure.py), probes of the KL divergence (probes.py). If asked
+for, a second pass goes back through the layers (backward.py), and experts' errors are weighed by the loss's gradient.
 
 Shapes: S sequences, L tokens of each, T = S·L tokens, D hidden, I intermediate, E experts, K selected per token,
 J candidate types, n tokens of one expert or of a sample.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from moe2gguf.capture import LayerCapture, MatrixCapture, layer_sample, tokens_of
+from moe2gguf.backward import backward
+from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
-from moe2gguf.measure import Measure
-from moe2gguf.probes import Probes
+from moe2gguf.measure import ExpertErrors, Measure
+from moe2gguf.probes import Probe, Probes
 from moe2gguf.skip import drop_harm
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
 from moe2gguf.stream import LayerStream
@@ -29,6 +33,8 @@ RATIO_BINS = 64
 NORM_QUANTILES = 101
 # enough tokens to fill the cores, few enough that one batch's activations stay small beside the layer
 BATCH_TOKENS = 4096
+# through the model and back
+GRADED_TOKENS = 16384
 
 
 @torch.inference_mode()
@@ -40,6 +46,7 @@ def calibrate(
     source_sha256: str,
     request: str,
     n_probe_tokens: int,
+    sensitivity: str = "probe",
     n_threads: int,
     seed: int,
     scratch_folder: Path,
@@ -55,7 +62,7 @@ def calibrate(
     layers: dict[int, ExpertStats] = {}
     importance: dict[str, np.ndarray] = {}
     error_EJ: dict[str, np.ndarray] = {}
-    gate_share_EJ: dict[str, np.ndarray] = {}
+    expert_errors: dict[int, ExpertErrors] = {}
 
     with encoding_threads(n_threads) as pool:
         measure = Measure(types, pool)
@@ -89,10 +96,10 @@ def calibrate(
                 if block is not None:
                     stats = expert_statistics(block, capture, n_sequences)
                     layers[index] = stats
-                    gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
-                    error_EJ[gate_up], error_EJ[down], gate_share_EJ[gate_up] = measure.experts(
-                        block, capture, stats, rng, lambda done, total: step("errors", done, total)
-                    )
+                    if sensitivity == "probe":
+                        expert_errors[index] = measure.experts(
+                            block, capture, stats, rng, lambda done, total: step("errors", done, total)
+                        )
                     probes.branch_experts(index, layer, block, stats)
                 probes.pass_layer(index, layer)
 
@@ -104,6 +111,17 @@ def calibrate(
         importance["lm_head"] = head.importance_K()
         error_EJ["lm_head"] = measure.matrix(head, rng)
         found = probes.finish(head, lambda done, total: progress("probes: KL divergence", done, total))
+        if sensitivity == "gradient":
+            n_graded = min(n_sequences, max(1, GRADED_TOKENS // length))
+            graded = torch.linspace(0, n_sequences - 1, n_graded).round().long()
+            expert_errors = graded_errors(
+                stream, tokens_SL[graded], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
+            )
+    errors = {name: MatrixErrors(error_1J, *_columns(found[name])) for name, error_1J in error_EJ.items()}
+    for index, of in expert_errors.items():
+        gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
+        errors[gate_up] = MatrixErrors(of.gate_up_EJ, *_columns(found[gate_up]), of.gate_share_EJ, of.graded_gate_up_EJ)
+        errors[down] = MatrixErrors(of.down_EJ, *_columns(found[down]), None, of.graded_down_EJ)
 
     return CalibrationStats(
         types=types,
@@ -117,16 +135,61 @@ def calibrate(
         request=request,
         layers=layers,
         importance=importance,
-        errors={
-            name: MatrixErrors(
-                error_EJ[name],
-                tuple(p.quant_type for p in kls),
-                np.array([p.kl for p in kls], np.float64),
-                gate_share_EJ.get(name),
-            )
-            for name, kls in found.items()
-        },
+        errors={name: errors[name] for name in found},
     )
+
+
+def _columns(probes: tuple[Probe, ...]) -> tuple[tuple[QuantType, ...], np.ndarray]:
+    return tuple(probe.quant_type for probe in probes), np.array([probe.kl for probe in probes], np.float64)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def graded_errors(
+    stream: LayerStream,
+    tokens_SL: torch.Tensor,
+    layers: dict[int, ExpertStats],
+    measure: Measure,
+    rng: np.random.Generator,
+    seed: int,
+    batch_sequences: int,
+    scratch_folder: Path,
+    progress: Progress,
+) -> dict[int, ExpertErrors]:
+    """By layer, errors and what they cost by the gradient of the loss on labels drawn from the model: the mean
+    of its square is the curvature of the KL divergence."""
+    labels = torch.Generator().manual_seed(seed)
+    captures: dict[int, GradedCapture] = {}
+    found: dict[int, ExpertErrors] = {}
+
+    def loss(logits_lV: torch.Tensor, _sequence: int, _tokens: slice) -> torch.Tensor:
+        label_l1 = torch.multinomial(logits_lV.detach().softmax(-1), 1, generator=labels)
+        return torch.nn.functional.cross_entropy(logits_lV, label_l1[:, 0], reduction="sum")
+
+    def listen(index: int, layer: nn.Module) -> AbstractContextManager:
+        block = find_experts(layer)
+        if block is None:
+            return nullcontext()
+        captures[index] = GradedCapture(block)
+        return captures[index].listening()
+
+    def finish(index: int, layer: nn.Module) -> None:
+        if (block := find_experts(layer)) is None:
+            return
+        capture = captures.pop(index)
+        with torch.no_grad():
+            found[index] = measure.experts(
+                block, capture, layers[index], rng,
+                lambda done, total: progress(f"layer {index + 1}/{stream.n_layers}: errors by gradient", done, total),
+                capture.gradient_TD(),
+            )  # fmt: skip
+
+    hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
+    backward(
+        stream, hidden_SLD, loss, prepare=lambda *_: None, finish=finish, batch_sequences=batch_sequences,
+        scratch_folder=scratch_folder, listen=listen,
+    )  # fmt: skip
+    return found
 
 
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:

@@ -50,7 +50,7 @@ class MatrixCapture:
 
 
 class ExpertCapture:
-    """Hooks on one layer's experts: everything that they are given."""
+    """Hooks on one layer's experts: everything they are given."""
 
     def __init__(self, block: ExpertBlock | None):
         self._block = block
@@ -74,7 +74,7 @@ class ExpertCapture:
 
     def _see_experts(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         # every experts module takes hidden states, ids and gate weights, in this order, under various names
-        hidden, ids, gates = (*args, *kwargs.values())[:3]
+        hidden, ids, gates = (x.detach() for x in (*args, *kwargs.values())[:3])
         self._x.append(hidden.reshape(-1, hidden.shape[-1]).clone())
         self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
         self._gates.append(gates.reshape(-1, gates.shape[-1]).float().clone())
@@ -89,7 +89,7 @@ class ExpertCapture:
 
 
 class LayerCapture(ExpertCapture):
-    """And on the layer's linear modules."""
+    """Hooks on one decoder layer: inputs of its linear modules, and everything its experts are given."""
 
     def __init__(self, layer: nn.Module, block: ExpertBlock | None):
         super().__init__(block)
@@ -102,6 +102,24 @@ class LayerCapture(ExpertCapture):
 
     def _hooks(self) -> list[RemovableHandle]:
         return [m.module.register_forward_pre_hook(m.see) for m in self.matrices.values()] + super()._hooks()
+
+
+class GradedCapture(ExpertCapture):
+    """Also the gradient by what the experts of the layer give together, batch by batch as they are given."""
+
+    def __init__(self, block: ExpertBlock):
+        super().__init__(block)
+        self._module = block.module
+        self._gradients: list[torch.Tensor] = []
+
+    def _hooks(self) -> list[RemovableHandle]:
+        return [*super()._hooks(), self._module.register_forward_hook(self._await_gradient)]
+
+    def _await_gradient(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: self._gradients.append(gradient.reshape(-1, gradient.shape[-1]).clone()))
+
+    def gradient_TD(self) -> torch.Tensor:
+        return _joined(self._gradients)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -127,6 +145,10 @@ def layer_sample(block: ExpertBlock, x_TD: torch.Tensor) -> tuple[torch.Tensor, 
 
     They stand in where an expert has seen too little: it is run on tokens it did not win.
     """
-    stride = max(1, len(x_TD) // LAYER_SAMPLE_TOKENS)
-    sample_nD = x_TD[stride // 2 :: stride]
+    sample_nD = x_TD[layer_sample_tokens(len(x_TD))]
     return sample_nD, torch.softmax(sample_nD @ block.router_ED.T, dim=-1)
+
+
+def layer_sample_tokens(n_tokens: int) -> slice:
+    stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
+    return slice(stride // 2, None, stride)

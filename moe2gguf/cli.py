@@ -148,6 +148,13 @@ calibration_options = _together(
         type=click.IntRange(min=16),
         help="Tokens of text on which the model's sensitivity is probed.",
     ),
+    click.option(
+        "--sensitivity",
+        type=click.Choice(["probe", "gradient"]),
+        default="probe",
+        show_default=True,
+        help="How a layer's experts compare: by their output errors, or these weighed by the loss's gradient.",
+    ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
     click.option(
         "--work",
@@ -315,6 +322,7 @@ def _calibration(options: dict[str, Any]):
         n_sequences=options["sequences"],
         sequence_tokens=options["length"],
         n_probe_tokens=options["probe_tokens"],
+        sensitivity=options["sensitivity"],
         seed=options["seed"],
     )
 

@@ -251,7 +251,10 @@ def _costs_EJ(errors: MatrixErrors, types: tuple[QuantType, ...]) -> np.ndarray:
     and those are as many as the error's amplitude is large, not its square, so that KL per error grows, at most by its
     root. Above the largest one the sensitivity stays what it is.
     """
-    total_J = errors.error_EJ.sum(0)
+    # how experts compare the gradient knows better; what all of them cost, the probes do: another choice by the router
+    # of a later layer has no gradient
+    error_EJ = errors.error_EJ if errors.graded_EJ is None else errors.graded_EJ
+    total_J = error_EJ.sum(0)
     probe_error = np.array([total_J[types.index(t)] for t in errors.probe_types])
     # a probe can come out at zero or below by rounding, where the matrix hardly matters
     sensitivity = np.maximum(errors.probe_kl, 1e-9) / np.maximum(probe_error, 1e-30)
@@ -263,7 +266,7 @@ def _costs_EJ(errors: MatrixErrors, types: tuple[QuantType, ...]) -> np.ndarray:
     if len(order) > 1 and log_error[1] > log_error[0]:
         slope = np.diff(log_sensitivity)[0] / np.diff(log_error)[0]
         log_sensitivity_J += np.clip(slope, -0.5, 0) * np.minimum(log_total_J - log_error[0], 0)
-    return errors.error_EJ * np.where(np.isfinite(total_J), np.exp(log_sensitivity_J), 1.0)
+    return error_EJ * np.where(np.isfinite(total_J), np.exp(log_sensitivity_J), 1.0)
 
 
 def _restrict(

@@ -5,6 +5,7 @@ Rows of one matrix are quantised independently, so their errors add up as square
 Shapes: T tokens, D hidden, I intermediate, E experts, K columns, J candidate types, n sampled tokens, R sampled rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,14 +13,27 @@ import numpy as np
 import torch
 
 from moe2gguf import ggml
-from moe2gguf.capture import LayerCapture, MatrixCapture, layer_sample, tokens_of
+from moe2gguf.capture import ExpertCapture, MatrixCapture, layer_sample, layer_sample_tokens, tokens_of
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.ggml import QuantType
 from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
 
 MAX_ERROR_TOKENS = 256
+# gradients differ more from token to token than errors do
+MAX_GRADED_TOKENS = 1024
 MAX_ERROR_ROWS = 128
 MAX_MATRIX_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertErrors:
+    """Of one layer's experts, f64 (E, J) each."""
+
+    gate_up_EJ: np.ndarray  # the expert's share of the block's mean squared output error per token
+    down_EJ: np.ndarray
+    gate_share_EJ: np.ndarray  # of the errors of gate and of up, each alone, the part that is gate's
+    graded_gate_up_EJ: np.ndarray | None = None  # what the errors cost by the gradient, nats per token
+    graded_down_EJ: np.ndarray | None = None
 
 
 class Measure:
@@ -50,21 +64,25 @@ class Measure:
     def experts(
         self,
         block: ExpertBlock,
-        capture: LayerCapture,
+        capture: ExpertCapture,
         stats: ExpertStats,
         rng: np.random.Generator,
         progress: Callable[[int, int], None],
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> gate_up and down, (E, J) each: the expert's share of the block's mean squared output error per token; and,
-        of the errors of gate and of up, each alone, the part that is gate's, (E, J)."""
+        gradient_TD: torch.Tensor | None = None,
+    ) -> ExpertErrors:
+        """gradient_TD: of the loss, for labels drawn from the model's own distribution, by the block's output."""
         x_TD, ids_TK, gates_TK = capture.routed()
         sample_nD, probability_nE = layer_sample(block, x_TD)
         jobs = {}
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
             n = len(tokens_n)
-            keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS))
+            keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS if gradient_TD is None else MAX_GRADED_TOKENS))
             x_nD = torch.cat([x_TD[tokens_n[keep]], sample_nD])
+            gradient_nD = None
+            if gradient_TD is not None:
+                sample = layer_sample_tokens(len(gradient_TD))
+                gradient_nD = torch.cat([gradient_TD[tokens_n[keep]], gradient_TD[sample]])
             # its own tokens weigh g², then tokens of the layer p², blended as the importance is; one token is
             # added to the count, lest an expert that calibration never met looks free
             own_n = gates_n[keep].square() * n / max(len(keep), 1)
@@ -74,13 +92,14 @@ class Measure:
             rows_D = _sample(rng, x_TD.shape[1], MAX_ERROR_ROWS)
             for j, quant_type in enumerate(self.types):
                 jobs[expert, j] = self.pool.submit(
-                    _expert_errors, block, expert, quant_type, x_nD, weight_n, rows_I, rows_D, stats
+                    _expert_errors, block, expert, quant_type, x_nD, gradient_nD, weight_n, rows_I, rows_D, stats
                 )
-        gate_up_EJ, down_EJ, gate_share_EJ = np.empty((3, block.n_experts, len(self.types)))
+        found = np.empty((5, block.n_experts, len(self.types)))
         for done, ((expert, j), job) in enumerate(jobs.items()):
             progress(done, len(jobs))
-            gate_up_EJ[expert, j], down_EJ[expert, j], gate_share_EJ[expert, j] = job.result()
-        return gate_up_EJ, down_EJ, gate_share_EJ
+            found[:, expert, j] = job.result()
+        gate_up_EJ, down_EJ, gate_share_EJ, *graded = found
+        return ExpertErrors(gate_up_EJ, down_EJ, gate_share_EJ, *([None, None] if gradient_TD is None else graded))
 
 
 def _sample(rng: np.random.Generator, n: int, n_max: int) -> np.ndarray:
@@ -104,14 +123,20 @@ def _expert_errors(
     expert: int,
     quant_type: QuantType,
     x_nD: torch.Tensor,
+    gradient_nD: torch.Tensor | None,
     weight_n: torch.Tensor,
     rows_I: np.ndarray,
     rows_D: np.ndarray,
     stats: ExpertStats,
-) -> tuple[float, float, float]:
-    """Error of the gate_up rows, through the activation and the down projection, of the down rows, and gate's share."""
+) -> tuple[float, float, float, float, float]:
+    """Error of the gate_up rows, through the activation and the down projection, of the down rows, gate's share, and
+    what the former two cost by the gradient.
+
+    That is ½ E[(gᵀδ)²] for an error δ of the output (the Gauss-Newton form of the KL divergence). Rows are quantised
+    independently, so their errors hardly correlate, and it is ½ E[Σ g² δ²], row by row.
+    """
     importance_D, importance_I = stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert]
-    gate_up_error = down_error = np.inf
+    gate_up_error = down_error = graded_gate_up = graded_down = np.inf
     gate_share = 0.5
     down_DI = block.down(expert)
     if ggml.fits(quant_type, len(importance_D)):
@@ -129,6 +154,10 @@ def _expert_errors(
             return float(weight_n @ delta_nR.square() @ column_sq_R)
 
         gate_up_error = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
+        if gradient_nD is not None:
+            delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - clean_nR
+            graded_nR = (gradient_nD @ down_DI[:, rows_I] * delta_nR).square()
+            graded_gate_up = float(weight_n @ graded_nR.sum(1)) / 2 * block.n_intermediate / len(rows_I)
         of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
         gate_share = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
     if ggml.fits(quant_type, len(importance_I)):
@@ -136,4 +165,7 @@ def _expert_errors(
         delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, importance_I) - exact_RI)
         delta_nR = block.activation(expert, x_nD) @ delta_RI.T
         down_error = float(weight_n @ delta_nR.square().sum(1)) * len(down_DI) / len(rows_D)
-    return gate_up_error, down_error, gate_share
+        if gradient_nD is not None:
+            graded_nR = (gradient_nD[:, rows_D] * delta_nR).square()
+            graded_down = float(weight_n @ graded_nR.sum(1)) / 2 * len(down_DI) / len(rows_D)
+    return gate_up_error, down_error, gate_share, graded_gate_up, graded_down

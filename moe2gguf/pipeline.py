@@ -332,6 +332,7 @@ def calibrated(
         source_sha256=source_digest(source),
         request=request_digest(source, calibration),
         n_probe_tokens=calibration.n_probe_tokens,
+        sensitivity=calibration.sensitivity,
         n_threads=n_threads,
         seed=calibration.seed,
         scratch_folder=work,

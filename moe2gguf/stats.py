@@ -62,6 +62,8 @@ class MatrixErrors:
     probe_kl: np.ndarray  # f64: mean KL in nats per token with the whole projection at each probe type
     # f64: of gate's and up's errors, each alone, the part that is gate's; for gate_up only
     gate_share_EJ: np.ndarray | None = None
+    # f64: what the same errors cost by the loss's gradient, nats per token; for experts, where it was asked for
+    graded_EJ: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,8 @@ def save_stats(stats: CalibrationStats, path: Path) -> None:
         probe_types[name] = [t.name for t in errors.probe_types]
         if errors.gate_share_EJ is not None:
             arrays[f"gate_share/{name}"] = errors.gate_share_EJ
+        if errors.graded_EJ is not None:
+            arrays[f"graded/{name}"] = errors.graded_EJ
     header = {
         "format": FORMAT_VERSION,
         "types": [t.name for t in stats.types],
@@ -135,7 +139,8 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
             importance[name] = array
         elif kind == "error":
             probe_types = tuple(QuantType[t] for t in header["probe_types"][name])
-            errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"], arrays.get(f"gate_share/{name}"))
+            optional = (arrays.get(f"{kind}/{name}") for kind in ("gate_share", "graded"))
+            errors[name] = MatrixErrors(array, probe_types, arrays[f"probe/{name}"], *optional)
     return CalibrationStats(
         types=tuple(QuantType[t] for t in header["types"]),
         tokens_SL=arrays["tokens"],

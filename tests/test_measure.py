@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moe2gguf import ggml
-from moe2gguf.calibrate import calibrate, expert_statistics
+from moe2gguf.calibrate import calibrate, expert_statistics, graded_errors
 from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
-from moe2gguf.measure import Measure
+from moe2gguf.measure import ExpertErrors, Measure
 from moe2gguf.pipeline import no_progress
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats
 from moe2gguf.stream import LayerStream
@@ -57,10 +57,10 @@ class Captured:
         out = out[0] if isinstance(out, tuple) else out
         return out.reshape(-1, out.shape[-1])
 
-    def measured(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def measured(self, gradient_TD: torch.Tensor | None = None) -> ExpertErrors:
         with ThreadPoolExecutor(2) as pool, torch.inference_mode():
             return Measure(TYPES, pool).experts(
-                self.block, self.capture, self.stats, np.random.default_rng(0), lambda *_: None
+                self.block, self.capture, self.stats, np.random.default_rng(0), lambda *_: None, gradient_TD
             )
 
     @torch.inference_mode()
@@ -90,7 +90,8 @@ def test_expert_errors_are_the_blocks(
     # without the layer's share, which tests below have; what is left is (n + 1) / n times the block's error
     monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
     captured = Captured(tiny(model_type, **SMALL))
-    gate_up_EJ, down_EJ, gate_share_EJ = captured.measured()
+    found = captured.measured()
+    gate_up_EJ, down_EJ, gate_share_EJ = found.gate_up_EJ, found.down_EJ, found.gate_share_EJ
     n_E, ratios = captured.stats.n_tokens_E, []
     for expert in np.flatnonzero(n_E):
         for j, quant_type in enumerate(TYPES):
@@ -111,7 +112,7 @@ def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path]) -> None:
     captured = Captured(tiny("qwen3_moe", **SMALL, n_experts=64, top_k=1))
     n_E = captured.stats.n_tokens_E
     assert (n_E == 0).any() and (n_E > 3).any()
-    _, down_EJ, _ = captured.measured()
+    down_EJ = captured.measured().down_EJ
     assert (down_EJ > 0).all() and np.isfinite(down_EJ).all()
     x_TD, ids_TK, gates_TK = captured.capture.routed()
     probability_TE = torch.softmax((x_TD @ captured.block.router_ED.T).double(), -1)
@@ -135,7 +136,8 @@ def test_a_sample_of_rows_and_tokens_stands_for_all(tiny: Callable[..., Path], m
     monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_ROWS", 32)
     monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_TOKENS", 16)
     # the share of gate is a ratio, which no sum makes better
-    for all_EJ, sampled_EJ in zip(whole[:2], captured.measured()[:2], strict=True):
+    sampled = captured.measured()
+    for all_EJ, sampled_EJ in ((whole.gate_up_EJ, sampled.gate_up_EJ), (whole.down_EJ, sampled.down_EJ)):
         assert not np.array_equal(all_EJ, sampled_EJ)
         # 32 of 64 or 96 rows and 16 of some 30 tokens: each expert within a third, all together within a tenth
         np.testing.assert_allclose(sampled_EJ, all_EJ, rtol=0.35)
@@ -146,10 +148,10 @@ def test_types_that_do_not_fit_cost_infinitely_much(tiny: Callable[..., Path]) -
     """64 columns into gate and up, 256 into down: only one of them takes blocks of 256."""
     captured = Captured(tiny("mixtral", hidden=64, intermediate=256))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        gate_up_EJ, down_EJ, _ = Measure((QuantType.Q6_K,), pool).experts(
+        found = Measure((QuantType.Q6_K,), pool).experts(
             captured.block, captured.capture, captured.stats, np.random.default_rng(0), lambda *_: None
         )
-    assert np.isinf(gate_up_EJ).all() and np.isfinite(down_EJ).all()
+    assert np.isinf(found.gate_up_EJ).all() and np.isfinite(found.down_EJ).all()
 
 
 def test_matrix_errors(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +181,50 @@ def test_embedding_errors_count_as_often_as_tokens_occur() -> None:
         sq_V = np.square(ggml.round_trip(weight_VD, quant_type) - weight_VD).sum(1)
         # 1024 draws of a token that has a tenth, and nearly all of the error: 9 % standard deviation, times three
         assert measured_J[j] == pytest.approx(share_V @ sq_V, rel=0.28)
+
+
+# --- the gradient ---
+
+
+def test_small_errors_cost_what_the_gradient_says(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KL divergence of the whole model, in f64, with one matrix of one expert quantised finely. In the last layer:
+    no router after it can choose otherwise."""
+    monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
+    folder = tiny("qwen3_moe", **SMALL)
+    captured, tokens_SL, n_draws = Captured(folder), torch.from_numpy(TOKENS_SL), 16
+    graded = np.zeros((2, captured.block.n_experts))
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        for seed in range(n_draws):
+            found = graded_errors(
+                LayerStream(folder), tokens_SL, {0: captured.stats, 1: captured.stats},
+                Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
+            )[1]  # fmt: skip
+            assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
+            graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / n_draws
+    model = load_whole(folder).requires_grad_(False).double()
+    block = find_experts(model.model.layers[1])
+    assert block is not None
+    clean_SLV = model(tokens_SL).logits.log_softmax(-1)
+    ratios = []
+    for p, (get, put, importance_EK) in enumerate(
+        (
+            (block.gate_up, block.set_gate_up, captured.stats.importance_gate_up_ED),
+            (block.down, block.set_down, captured.stats.importance_down_EI),
+        )
+    ):
+        for expert, n in enumerate(captured.stats.n_tokens_E):
+            exact = get(expert).clone()
+            put(expert, torch.from_numpy(ggml.round_trip(exact.numpy(), QuantType.Q8_0, importance_EK[expert])))
+            other_SLV = model(tokens_SL).logits.log_softmax(-1)
+            put(expert, exact)
+            kl = float((clean_SLV.exp() * (clean_SLV - other_SLV)).sum(-1).mean())
+            ratios.append(graded[p, expert] * n / (n + 1) / kl)
+    assert len(ratios) == 12
+    # drawn labels and the independence of rows: each expert within a half, all together within a tenth
+    assert np.mean(ratios) == pytest.approx(1, rel=0.1)
+    np.testing.assert_allclose(ratios, 1, rtol=0.5)
 
 
 # --- probes ---
