@@ -39,6 +39,7 @@ VARIANTS = (
     Variant(affinity="gate2"),
 )
 MORE = (
+    Variant(router="qesc-kl"),
     Variant(calibrated_on="sample"),
     Variant(calibrated_on="other"),
     Variant(router="none", feedback=False),

@@ -4,7 +4,7 @@ Only experts are quantised; everything else is BF16, and all bytes are ggml's en
 Uniform types, one type per layer and projection (stock), one type per expert (grouped), at the same bytes: the table
 also shows what the program gains over a uniform type.
 
-    python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE]
+    python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE] [--sensitivity gradient]
 """
 
 import dataclasses
@@ -40,12 +40,21 @@ class Row:
 @click.option("--calibration-text", type=click.Path(exists=True, path_type=Path), multiple=True)
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="Held-out text [default: CPython's own].")
 @click.option("--probe-tokens", default=16384, show_default=True)
+@click.option("--sensitivity", type=click.Choice(["probe", "gradient"]), default="probe", show_default=True)
 @click.option("--bits", default="2.3125,2.5625,2.8,3.0625", show_default=True, help="Bits per expert weight.")
 def main(
-    model: str, folder: Path, calibration_text: tuple[Path, ...], text: Path | None, probe_tokens: int, bits: str
+    model: str,
+    folder: Path,
+    calibration_text: tuple[Path, ...],
+    text: Path | None,
+    probe_tokens: int,
+    sensitivity: str,
+    bits: str,
 ) -> None:
     source = open_source(model)
-    calibration = pipeline.Calibration(text_paths=calibration_text, n_probe_tokens=probe_tokens)
+    calibration = pipeline.Calibration(
+        text_paths=calibration_text, n_probe_tokens=probe_tokens, sensitivity=sensitivity
+    )
     n_threads = available_cores()
     stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=n_threads, note=click.echo)
     base = pipeline.write_float(model, folder / "base.gguf", ftype="bf16")

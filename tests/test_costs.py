@@ -168,6 +168,17 @@ def test_costs_at_the_probes_are_the_probes():
     np.testing.assert_allclose(cost_EJ[3] / cost_EJ[0], 4, rtol=1e-12)
 
 
+def test_the_gradient_divides_what_the_probes_found():
+    """All experts together at a probe's type cost what it found, each its part by the gradient."""
+    total_J = 2.0 ** -np.arange(len(CANDIDATES))
+    probes = {Q.IQ2_XXS: 0.3, Q.IQ3_XXS: 0.04}
+    by_error = errors_of(total_J, probes)
+    by_gradient = dataclasses.replace(by_error, graded_EJ=7 * by_error.error_EJ[::-1])
+    cost_EJ = _costs_EJ(by_gradient, CANDIDATES)
+    np.testing.assert_allclose(cost_EJ, _costs_EJ(by_error, CANDIDATES)[::-1], rtol=1e-9)
+    assert cost_EJ[:, CANDIDATES.index(Q.IQ2_XXS)].sum() == pytest.approx(0.3, rel=1e-12)
+
+
 def test_costs_between_and_beyond_the_probes():
     """Log-log straight between two probes, in proportion to the error beyond them: by hand."""
     total_J = np.geomspace(8.0, 0.01, len(CANDIDATES))

@@ -16,7 +16,7 @@ from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import ExpertErrors, Measure
 from moe2gguf.pipeline import no_progress
-from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats
+from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 from tests.tiny_moe import load_whole
@@ -225,6 +225,29 @@ def test_small_errors_cost_what_the_gradient_says(
     # drawn labels and the independence of rows: each expert within a half, all together within a tenth
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)
     np.testing.assert_allclose(ratios, 1, rtol=0.5)
+
+
+def test_graded_by_calibration_and_read_back(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny("deepseek_v2", **SMALL)  # its first layer is dense
+    stats = calibrate(
+        LayerStream(folder), CalibrationText(TOKENS_SL, "random"), (QuantType.IQ4_NL, QuantType.Q5_0),
+        source_sha256="", request="", n_probe_tokens=32, sensitivity="gradient", n_threads=2, seed=0,
+        scratch_folder=tmp_path, progress=no_progress,
+    )  # fmt: skip
+    save_stats(stats, tmp_path / "stats.safetensors")
+    back = load_stats(tmp_path / "stats.safetensors")
+    experts = {f"layers.{index}.{projection}" for index in (1, 2) for projection in ("gate_up", "down")}
+    assert {name for name, errors in stats.errors.items() if errors.graded_EJ is not None} == experts
+    for name, errors in stats.errors.items():
+        assert np.isfinite(errors.error_EJ).all() and (errors.probe_kl > 0).all()
+        if name not in experts:
+            continue
+        graded_EJ = back.errors[name].graded_EJ
+        assert graded_EJ is not None and errors.graded_EJ is not None
+        assert (graded_EJ > 0).all() and np.array_equal(graded_EJ, errors.graded_EJ)
+        # another probe of the same thing, but for what a router of a later layer chooses
+        found = graded_EJ.sum(0)[[stats.types.index(t) for t in errors.probe_types]] / errors.probe_kl
+        assert ((found > 0.2) & (found < 3)).all(), (name, found)
 
 
 # --- probes ---
