@@ -48,11 +48,12 @@ class QuantisedModel:
         self.stream, self._types, self._matrices, self._spool, self._pool = stream, types, matrices, spool, pool
         # encoded once: every step needs them twice
         self._blocks: dict[str, list[np.ndarray]] = {}
-        self.norm_name, self._norm = next((n, m) for n, m in stream.model.model.named_children() if is_rms_norm(m))
-        self._exact_head, self._exact_norm = stream.head.weight, self._norm.weight
+        # the final norm, or nothing where that is of another kind
+        self._norms = {name: module for name, module in stream.model.model.named_children() if is_rms_norm(module)}
+        self._exact = self._last()
         is_tied = stream.head.weight is stream.embedding_VD
-        self._found_head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)
-        self._quantise("embed_tokens" if is_tied else "lm_head", self._found_head)
+        self._head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)
+        self._quantise("embed_tokens" if is_tied else "lm_head", self._head)
 
     def prepare(self, index: int, layer: nn.Module, weights: Weights) -> dict[str, nn.Parameter]:
         """Makes the layer just loaded the file's, with these routers and norms; returns them."""
@@ -69,29 +70,31 @@ class QuantisedModel:
         return tuned
 
     @contextmanager
-    def after_last(self, weights: Weights) -> Iterator[nn.Parameter]:
+    def after_last(self, weights: Weights) -> Iterator[dict[str, nn.Parameter]]:
         """The file's head, with this final norm, which is handed out."""
-        self.stream.head.weight = self._found_head
-        self._norm.weight = nn.Parameter(weights.get(self.norm_name, self._exact_norm).clone(), requires_grad=False)
+        norms = {
+            name: nn.Parameter(weights.get(name, module.weight).detach().clone(), requires_grad=False)
+            for name, module in self._norms.items()
+        }
+        self._put((self._head, *norms.values()))
         try:
-            yield self._norm.weight
+            yield norms
         finally:
-            self.stream.head.weight, self._norm.weight = self._exact_head, self._exact_norm
+            self._put(self._exact)
 
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """The model's own head and final norm, inside of after_last."""
-        found = self.stream.head.weight, self._norm.weight
-        self.stream.head.weight, self._norm.weight = self._exact_head, self._exact_norm
-        try:
-            yield
-        finally:
-            self.stream.head.weight, self._norm.weight = found
+    def _last(self) -> tuple[nn.Parameter, ...]:
+        return (self.stream.head.weight, *(module.weight for module in self._norms.values()))
+
+    def _put(self, last: tuple[nn.Parameter, ...]) -> None:
+        for module, weight in zip((self.stream.head, *self._norms.values()), last, strict=True):
+            module.weight = weight
 
     def kl(self, exact_1lD: torch.Tensor, logits_lV: torch.Tensor) -> torch.Tensor:
         """Σ over tokens of KL(model ‖ file), nats."""
-        with self.exactly():
-            clean_lV = torch.log_softmax(self.stream.logits(exact_1lD)[0], -1)
+        found = self._last()
+        self._put(self._exact)
+        clean_lV = torch.log_softmax(self.stream.logits(exact_1lD)[0], -1)
+        self._put(found)
         # inference mode's tensors cannot be kept for gradients
         clean_lV = clean_lV.clone()
         return (clean_lV.exp() * (clean_lV - torch.log_softmax(logits_lV, -1))).sum()
@@ -182,9 +185,8 @@ def _as_it_was(
                     before[name] = torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().clone()
             if block is not None:
                 selected[index] = capture.selected()[held_out_T]
-    with model.after_last({}) as norm:
-        if names.add(model.norm_name, norm, None):
-            before[model.norm_name] = norm.detach().clone()
+    with model.after_last({}) as norms:
+        before |= {name: weight.clone() for name, weight in norms.items() if names.add(name, weight, None)}
     return before, selected
 
 
@@ -251,14 +253,15 @@ def descended(
                 if name in weights:
                     weights[name].grad = weight.grad
 
-        with model.after_last(now) as norm:
-            norm.requires_grad_(True)
+        with model.after_last(now) as norms:
+            for norm in norms.values():
+                norm.requires_grad_(True)
             backward(
                 model.stream, found_SLD[step_S], loss, prepare=prepare, finish=finish,
                 batch_sequences=max(1, BATCH_TOKENS // length), scratch_folder=spool.folder,
             )  # fmt: skip
-            if model.norm_name in weights:
-                weights[model.norm_name].grad = norm.grad
+            for name in norms.keys() & weights.keys():
+                weights[name].grad = norms[name].grad
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)
         optimiser.step()

@@ -24,7 +24,7 @@ from moe2gguf.tuning import Judge, QuantisedModel, Trial, descended, tune
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, cheap_measurements
 from tests.test_encode_experts import TOKENS_SL, encode, every_expert
-from tests.tiny_moe import CORPUS, load_whole
+from tests.tiny_moe import CORPUS, MODEL_TYPES, load_whole
 
 TYPES = every_expert(QuantType.IQ2_XXS)
 MATRICES = {
@@ -106,7 +106,7 @@ def test_trials_are_runs_of_whole_models(tiny: Callable[..., Path], spool: Spool
         assert trial.kl_without[unit] == pytest.approx(wanted, rel=1e-4), name
     for found, ids in ((trial.agreement_before, selected_before), (trial.agreement, selected)):
         assert found == pytest.approx(np.mean([agreement(*pair) for pair in zip(chosen, ids, strict=True)]))
-    assert model.stream.head.weight is model._exact_head and model._norm.weight is model._exact_norm
+    assert all(now is then for now, then in zip(model._last(), model._exact, strict=True))
 
 
 def test_descent_follows_the_gradient_of_the_whole_model(
@@ -177,6 +177,33 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
     assert not any(name.startswith("blk.1.") for name in kept.weights)
     assert any(name.startswith("layers.1.") for name in asked[0]) and len(asked[1]) == len(kept.weights)
     assert not tuned(0.3).weights
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_is_tuned_of_each_architecture(
+    model_type: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers wherever there are experts, and RMS norms, each in the file as the checkpoint has it."""
+    monkeypatch.setattr(tuning, "N_STEPS", 2)
+    monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, dict.fromkeys(range(4), 0.15)))
+    folder, spool = tiny(model_type, hidden=64, intermediate=64), Spool(tmp_path)
+    # the head alone, so that there is something to make up for
+    tune(
+        open_source(folder), LayerStream(folder), TOKENS_SL, {}, {"lm_head": Matrix(QuantType.Q4_0, None)}, spool,
+        seed=0, n_threads=2, progress=lambda *_: None,
+    )  # fmt: skip
+    found = spool.tuned()
+    assert found is not None
+    shapes = {tensor.name: tensor.shape for tensor in open_source(folder).tensors}
+    assert {name: weight.shape for name, weight in found.weights.items()} == {
+        name: shape
+        for name, shape in shapes.items()
+        # phimoe's are LayerNorms
+        if name.endswith("ffn_gate_inp.weight") or ("norm.weight" in name and model_type != "phimoe")
+    }
+    tensors = {tensor.name: tensor.load() for tensor in open_source(folder).tensors if tensor.name in found.weights}
+    for name, weight in found.weights.items():
+        assert np.isfinite(weight).all() and not np.array_equal(weight, tensors[name]), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
