@@ -34,13 +34,13 @@ VARIANTS = (
     Variant("pmq", router="none"),
     Variant(router="none"),
     DEFAULT,
-    Variant(calibrated_on="ebss"),
-    Variant(affinity="none"),
-    Variant(affinity="gate2"),
 )
 MORE = (
     Variant(router="qesc-kl"),
+    Variant(affinity="none"),
+    Variant(affinity="gate2"),
     Variant(calibrated_on="sample"),
+    Variant(calibrated_on="ebss"),
     Variant(calibrated_on="other"),
     Variant(router="none", feedback=False),
     Variant(layout="stock"),
