@@ -14,6 +14,7 @@ import sys
 import llama_cpp
 import numpy as np
 
+from moe2gguf.llama import available_cores
 from moe2gguf.runtime import find_runtime
 from moe2gguf.runtime.smoke import load
 
@@ -54,7 +55,7 @@ def main(model_path: str, target: str, *options: str) -> None:
     context_params.n_ctx = 256
     context_params.n_batch = context_params.n_ubatch = N_PROMPT
     context_params.op_offload = bool(gpu_layers) and "stay" not in options
-    context_params.n_threads = context_params.n_threads_batch = 2
+    context_params.n_threads = context_params.n_threads_batch = available_cores()
     context = llama_cpp.llama_init_from_model(model, context_params)
     for lora in (option.removeprefix("lora=") for option in options if option.startswith("lora=")):
         adapter = llama_cpp.llama_adapter_lora_init(model, lora.encode())
