@@ -190,5 +190,9 @@ def test_the_model_writes_its_own_text(needs_runtime: None, tiny: Callable[..., 
     assert (stats.text, stats.n_tokens) == ("self-sampled", 128)
     assert len(first.calibration_text.read_text(encoding="utf-8")) > 64
     # the file that it sampled from is gone
-    assert sorted(p.name for p in (tmp_path / "first").iterdir()) == ["calibration.txt", "stats.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "first").iterdir()) == [
+        "calibration.txt",
+        "stats.safetensors",
+        "text.safetensors",
+    ]
     assert verify_file(first.path, open_source(folder)).ok
