@@ -58,9 +58,10 @@ setup: runtime
 demo: setup
 	$(BIN)/moe2gguf demo
 
-# a file's tests share what its first ones make
+# a file's tests share what its first ones make; the runtime's use all cores themselves
 test: setup
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --ignore=tests/runtime
+	$(BIN)/python -m pytest tests/runtime
 
 # mypy needs the gguf of the runtime's tree, newer than the registry's of the same version
 check: setup

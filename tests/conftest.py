@@ -21,11 +21,6 @@ MIDDLE_BITS = 3.6
 LAYOUTS = ("grouped", "stock")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, and another worker does the rest meanwhile."""
-    items.sort(key=lambda item: "runtime" not in item.path.parts)
-
-
 @dataclasses.dataclass(frozen=True)
 class Converted:
     """A tiny checkpoint as GGUF files in both layouts, from the same statistics."""
