@@ -98,8 +98,9 @@ def test_moments_of_what_is_not_held_out_and_of_all() -> None:
         for found, chosen_n in ((fit, ~given.held_out_n), (whole, torch.ones_like(given.held_out_n))):
             exact_nK, found_nK = given.exact_nK[chosen_n].double(), given.found_nK[chosen_n].double()
             share_n1 = (given.weight_n[chosen_n] / given.weight_n[chosen_n].sum()).double()[:, None]
-            torch.testing.assert_close(found.hessian_EKK[e].double(), (share_n1 * found_nK).T @ found_nK)
-            torch.testing.assert_close(found.cross_EKK[e].double(), (share_n1 * exact_nK).T @ found_nK)
+            for moments_EKK, left_nK in ((found.hessian_EKK, found_nK), (found.cross_EKK, exact_nK)):
+                expected_KK = (share_n1 * left_nK).T @ found_nK
+                torch.testing.assert_close(moments_EKK[e].double(), expected_KK, rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
