@@ -397,6 +397,7 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             budget,
             choice,
             _calibration(options),
+            quantizer=_quantizer(options),
             prune_share=options["prune_share"],
             work_folder=options["work_folder"],
             n_threads=options["threads"],

@@ -1,29 +1,25 @@
 """What a conversion will take, before the hours of work: bytes by role, memory, disk, time.
 
-Bytes are exact for the allocation shown. Memory is arithmetic on the shapes; time is arithmetic on two short
-measurements, a matrix product and an encoding.
+Bytes are exact for the allocation shown. Memory is arithmetic on the shapes.
 """
 
 import dataclasses
 import re
-import time
 from collections import Counter
 from math import prod
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
-from moe2gguf.costs import CANDIDATES, CostTable, cost_table
+from moe2gguf.costs import CostTable, cost_table
+from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
 from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
-from moe2gguf.measure import MAX_ERROR_ROWS
 from moe2gguf.pipeline import (
     Budget,
     Calibration,
@@ -36,16 +32,14 @@ from moe2gguf.pipeline import (
     statistics_at_hand,
     work_folder_for,
 )
-from moe2gguf.probes import BRANCHES_BYTES, EXPERT_PROBE_TYPES
+from moe2gguf.probes import BRANCHES_BYTES
 from moe2gguf.prune import n_kept, shrunk
-from moe2gguf.router import DAMPINGS, HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
 from moe2gguf.sample import n_at_once
-from moe2gguf.source import Source, expert_axis, layer_of, open_source
+from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
+from moe2gguf.source import Source, layer_of, open_source
 
 GIB = 1 << 30
 F32_BYTES = 4
-# of one expert at a time
-SPEED_TOKENS = 512
 # interpreter, torch and the libraries, before any tensor
 BASE_BYTES = GIB // 2
 # numba and what it compiles
@@ -91,6 +85,7 @@ def make_plan(
     choice: Choice,
     calibration: Calibration,
     *,
+    quantizer: Quantizer = DEFAULT_QUANTIZER,
     prune_share: float = 0.0,
     work_folder: Path | None,
     pre_tokenizer: str | None,
@@ -112,40 +107,14 @@ def make_plan(
     if stats is not None:
         speeds = speeds_for(source, choice, work, n_threads or available_cores(), save=False)
     allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
-    matrix_flops, encode_rate = _speeds(source)
-    n_tokens = calibration.n_sequences * calibration.sequence_tokens
-    n_branches = (
-        1
-        + sum(1 for u in table.units if u.expert is None)
-        + 4 * len({u.layer for u in table.units if u.expert is not None})
-    )
-    active = _active_params(source)
-    # a branch runs through half of the layers on average; what is to be pruned takes another pass
-    forward_flops = 2 * active * (n_tokens * (3 if prune_share else 2) + n_branches * calibration.n_probe_tokens / 2)
-    head = 2 * prod(source.tensor("token_embd.weight").shape) * n_branches * calibration.n_probe_tokens
-    encoded = (
-        len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
-        + len(EXPERT_PROBE_TYPES) * source.n_params
-    )
-    hidden = n_tokens * source.tensor("token_embd.weight").shape[1] * F32_BYTES
-    branches_bytes = int(n_branches * calibration.n_probe_tokens / n_tokens * hidden)
-    moments_flops = sum(
-        2 * 4 * n_tokens * source.n_expert_used * tensor.shape[-1] ** 2
-        for tensor in source.tensors
-        if expert_axis(tensor.name) is not None and tensor.quantisable
-    )
-    n_moe_layers = len({u.layer for u in table.units if u.expert is not None})
-    n_columns = source.tensor("token_embd.weight").shape[1]
-    router_flops = n_moe_layers * (
-        # their second moments and, in f64, their equations; on held-out tokens a branch for each layer before
-        2 * source.n_expert * min(n_tokens, MAX_TOKENS) * n_columns**2
-        + 3 * len(DAMPINGS) * source.n_expert * n_columns**3 / 3
-        + active * min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
-    )
+    length = sequence_length(source, calibration)
+    rates = measured_rates(source, n_threads or available_cores())
+    hidden = calibration.n_sequences * length * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    branches_bytes = int(n_branches(table) * calibration.n_probe_tokens / (calibration.n_sequences * length) * hidden)
     layer_bytes, outer_bytes = (n * F32_BYTES for n in (_largest_layer_params(source), _outer_params(source)))
     # what one matrix of an expert is given, and how many experts are quantised at a time
     widest = _widest_expert(source)
-    inputs = source.n_expert_used / source.n_expert * n_tokens * widest * F32_BYTES
+    inputs = source.n_expert_used / source.n_expert * calibration.n_sequences * length * widest * F32_BYTES
     n_chunk = max(1, min(source.n_expert, CHUNK_BYTES // (8 * widest**2), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
     # the stream, what the experts are given of it, and that once more while it is put together or squared
@@ -177,11 +146,10 @@ def make_plan(
         + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
         # the pruned checkpoint, in 16 bits
         + (2 * source.n_params if prune_share else 0),
-        calibration_seconds=0.0 if stats is not None else (forward_flops + head) / matrix_flops + encoded / encode_rate,
-        # error feedback takes up to three times as long as ggml's encoder, by type; the text passes three times, and
-        # three for the routers
-        quantise_seconds=2.5 * source.n_params / encode_rate
-        + (6 * 2 * active * n_tokens + moments_flops + router_flops) / matrix_flops,
+        calibration_seconds=0.0
+        if stats is not None
+        else calibration_seconds(source, table, calibration, length, rates, pruned=bool(prune_share)),
+        quantise_seconds=quantise_seconds(source, calibration, length, quantizer, rates),
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),
@@ -229,39 +197,11 @@ def _largest_layer_params(source: Source) -> int:
 
 
 def _widest_expert(source: Source) -> int:
-    return max(t.shape[-1] for t in source.tensors if expert_axis(t.name) is not None and t.quantisable)
+    return max(t.shape[-1] for t in source.tensors if is_of_experts(t))
 
 
 def _outer_params(source: Source) -> int:
     return sum(prod(t.shape) for t in source.tensors if layer_of(t.name) is None)
-
-
-def _active_params(source: Source) -> float:
-    """Parameters of the layers that one token meets."""
-    share = source.n_expert_used / source.n_expert
-    return sum(
-        prod(t.shape) * (share if expert_axis(t.name) is not None else 1)
-        for t in source.tensors
-        if layer_of(t.name) is not None
-    )
-
-
-def _speeds(source: Source) -> tuple[float, float]:
-    """Floating-point operations per second of the model's own matrix products, small ones being slower, and weights
-    per second of an IQ2_XXS encoding."""
-    expert = next(t for t in source.tensors if expert_axis(t.name) is not None and t.quantisable)
-    x_TK, weight_KN = torch.ones(SPEED_TOKENS, expert.shape[2]), torch.ones(expert.shape[2], expert.shape[1])
-    flops_of_one = 2 * SPEED_TOKENS * weight_KN.numel()
-    n_times = max(2, int(4e9 / flops_of_one))
-    start = time.perf_counter()
-    for _ in range(n_times):
-        torch.nn.functional.silu(x_TK @ weight_KN)
-    flops = n_times * flops_of_one / (time.perf_counter() - start)
-    weight_RK = np.random.default_rng(0).standard_normal((512, 256), np.float32)
-    ggml.encode(weight_RK[:1], QuantType.IQ2_XXS)  # the first call builds the codebook's tables
-    start = time.perf_counter()
-    ggml.encode(weight_RK, QuantType.IQ2_XXS)
-    return flops, weight_RK.size / (time.perf_counter() - start) * available_cores()
 
 
 def render_plan(plan: ConversionPlan) -> RenderableType:

@@ -1,0 +1,212 @@
+"""How long the stages of a conversion will take: arithmetic on the model's shapes, and a few short measurements of this
+machine.
+
+Shapes: K columns, N rows, D hidden, I intermediate, L tokens of a sequence.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from moe2gguf import ggml
+from moe2gguf.calibrate import GRADED_TOKENS
+from moe2gguf.costs import CANDIDATES, CostTable
+from moe2gguf.ebss import BEAMS
+from moe2gguf.encode_experts import DAMPINGS, LAYER_SAMPLE_TOKENS, SAMPLE_ROWS
+from moe2gguf.feedback import curvature, quantize
+from moe2gguf.ggml import QuantType
+from moe2gguf.measure import MAX_ERROR_ROWS
+from moe2gguf.pipeline import most_kv_bytes_per_token
+from moe2gguf.probes import EXPERT_PROBE_TYPES
+from moe2gguf.router import DAMPINGS as ROUTER_DAMPINGS
+from moe2gguf.router import HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
+from moe2gguf.sample import ONE_THREAD_FILE_BYTES, draw, n_at_once
+from moe2gguf.settings import Calibration, Quantizer
+from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
+from moe2gguf.tuning import N_STEPS, STEP_TOKENS
+
+# what is measured
+TEXT_TOKENS, EXPERT_TOKENS, MATMUL_FLOPS = 4096, 512, 4e9
+ENCODED_ROWS, ENCODED_COLUMNS = 512, 256
+FED_BACK_ROWS, MAX_COLUMNS = 256, 1024
+DRAWN_SEQUENCES, DRAWN_TOKENS = 32, 4096
+# of types in between in bits and in time
+ENCODED, FED_BACK = QuantType.IQ2_XXS, QuantType.IQ2_S
+# from memory, and from a disk where the file has no room there
+MEMORY_BYTES_PER_SECOND, DISK_BYTES_PER_SECOND = 10e9, 1e9
+BITS_OF_WRITER = 8.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this machine, on all cores."""
+
+    matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
+    encoded_weights: float  # per second, by ggml
+    fed_back_weights: float  # per second, with error feedback, second moments factored
+    factor_seconds: float  # of second moments, damped, of MAX_COLUMNS
+    draw_seconds: float  # of one logit
+
+
+def measured_rates(source: Source, n_threads: int) -> Rates:
+    expert = next(t for t in source.tensors if "ffn_down" in t.name and is_of_experts(t))
+    _, n_hidden, n_intermediate = expert.shape
+    hidden_TD = torch.ones(TEXT_TOKENS, n_hidden)
+    token_n = torch.arange(0, TEXT_TOKENS, TEXT_TOKENS // EXPERT_TOKENS)
+    gate_up_DI, down_ID = torch.ones(n_hidden, 2 * n_intermediate), torch.ones(n_intermediate, n_hidden)
+    flops = 2 * EXPERT_TOKENS * (gate_up_DI.numel() + down_ID.numel())
+    n_times = max(2, int(MATMUL_FLOPS / flops))
+
+    def run_expert() -> None:
+        for _ in range(n_times):
+            gate_nI, up_nI = (hidden_TD[token_n] @ gate_up_DI).chunk(2, 1)
+            hidden_TD.index_add_(0, token_n, torch.nn.functional.silu(gate_nI) * up_nI @ down_ID)
+
+    random = np.random.default_rng(0)
+    weight_NK = random.standard_normal((ENCODED_ROWS, ENCODED_COLUMNS), np.float32)
+    logits_PV = random.standard_normal((DRAWN_SEQUENCES, DRAWN_TOKENS), np.float32)
+    n_columns = min(MAX_COLUMNS, n_intermediate // 256 * 256 or 256)
+    fed_back_ENK = torch.from_numpy(random.standard_normal((1, FED_BACK_ROWS, n_columns), np.float32))
+    ones_EKK = torch.eye(MAX_COLUMNS)[None]
+    few = curvature(ones_EKK[:, :n_columns, :n_columns], 0.1)
+
+    def feed_back(n_rows: int) -> None:
+        quantize(fed_back_ENK[:, :n_rows], FED_BACK, few, pool)
+
+    # the first calls build a codebook's tables, and compile
+    ggml.encode(weight_NK[:1], ENCODED)
+    with ThreadPoolExecutor(1) as pool:
+        feed_back(1)
+        one_thread = _seconds(lambda: feed_back(FED_BACK_ROWS))
+    return Rates(
+        matmul_flops=n_times * flops / _seconds(run_expert),
+        encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
+        fed_back_weights=n_threads * fed_back_ENK.numel() / one_thread,
+        factor_seconds=_seconds(lambda: curvature(ones_EKK, 0.1)),
+        draw_seconds=_seconds(lambda: draw(logits_PV, random)) / logits_PV.size,
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def calibration_seconds(
+    source: Source, table: CostTable, calibration: Calibration, length: int, rates: Rates, *, pruned: bool
+) -> float:
+    """The text, if the model writes it; a pass for the statistics, one more for pruning; probes; errors of experts."""
+    n_tokens = calibration.n_sequences * length
+    # a branch runs through half of the layers on average
+    n_branch_tokens = n_branches(table) * calibration.n_probe_tokens
+    flops = _layers_flops(source, length) * (n_tokens * (2 if pruned else 1) + n_branch_tokens / 2)
+    flops += _head_flops(source) * n_branch_tokens
+    n_encoded = (
+        len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
+        + len(EXPERT_PROBE_TYPES) * source.n_params
+    )
+    if calibration.sensitivity == "gradient":  # forward, forward again for what is kept, and back
+        flops += 4 * min(n_tokens, GRADED_TOKENS) * (_layers_flops(source, length) + _head_flops(source))
+    written = 0.0 if calibration.text_paths else _writing_seconds(source, calibration, length, rates)
+    return written + flops / rates.matmul_flops + n_encoded / rates.encoded_weights
+
+
+def _writing_seconds(source: Source, calibration: Calibration, length: int, rates: Rates) -> float:
+    """Tokens of many sequences at a time, for which nearly all experts are read."""
+    n_beams = BEAMS if calibration.writer == "ebss" else 1
+    n_sequences = n_beams * calibration.n_sequences
+    n_steps = length * -(-n_sequences // n_at_once(n_sequences, length, most_kv_bytes_per_token(source)))
+    n_bytes = source.n_params * BITS_OF_WRITER / 8
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes else DISK_BYTES_PER_SECOND)
+    flops = n_sequences * length * (_layers_flops(source, length) + _head_flops(source))
+    n_threads = 1 if n_bytes < ONE_THREAD_FILE_BYTES else torch.get_num_threads()
+    computed = flops / (rates.matmul_flops * n_threads / torch.get_num_threads())
+    drawn = n_sequences * length * _vocabulary(source) * rates.draw_seconds
+    return max(n_steps * read, computed) + drawn
+
+
+def quantise_seconds(
+    source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates
+) -> float:
+    """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
+    codes, for a few rows with each damping too; all else by ggml's encoder, for either stream and for the file."""
+    if not quantizer.feedback:
+        return source.n_params / rates.encoded_weights
+    n_tokens = calibration.n_sequences * length
+    n_routed = n_tokens * source.n_expert_used + source.n_expert * LAYER_SAMPLE_TOKENS
+    layers, head = _layers_flops(source, length), _head_flops(source)
+    n_moe_layers, n_expert_params, n_sampled_params, n_columns = 0, 0, 0.0, []
+    for tensor in source.tensors:
+        if is_of_experts(tensor):
+            _, n_rows, n_own_columns = tensor.shape
+            n_expert_params += prod(tensor.shape)
+            n_sampled_params += prod(tensor.shape) * min(SAMPLE_ROWS, n_rows) / n_rows
+            if not tensor.name.endswith("ffn_gate_exps.weight"):  # it shares up's inputs
+                n_columns.append(n_own_columns)
+            n_moe_layers += "ffn_down" in tensor.name
+    # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
+    flops = 3.5 * n_tokens * layers
+    flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
+    seconds = source.n_expert * sum(
+        (len(DAMPINGS) + 1) * rates.factor_seconds * (n / MAX_COLUMNS) ** 3 for n in n_columns
+    )
+    n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
+    if quantizer.router != "none":
+        n_hidden = source.tensor("token_embd.weight").shape[1]
+        flops += 2.5 * n_tokens * layers + n_moe_layers * (
+            2 * source.n_expert * min(n_tokens, MAX_TOKENS) * n_hidden**2
+            + 2 * len(ROUTER_DAMPINGS) * source.n_expert * n_hidden**3 / 3
+            # held-out tokens, a branch for each layer
+            + n_held_out * (layers / 2 + head)
+        )
+    if quantizer.router == "qesc-kl":  # forward, forward again for what is kept, and back; then trials
+        flops += 4 * N_STEPS * min(n_tokens, STEP_TOKENS) * (layers + head) + n_tokens * layers
+        flops += source.n_layer * n_held_out * (layers / 2 + head)
+    n_others = source.n_params - n_expert_params
+    return (
+        seconds
+        + flops / rates.matmul_flops
+        + (n_expert_params + len(DAMPINGS) * n_sampled_params) / rates.fed_back_weights
+        + (n_sampled_params + (2 if quantizer.router == "none" else 3) * n_others) / rates.encoded_weights
+    )
+
+
+def n_branches(table: CostTable) -> int:
+    """Streams of the probes: the model's own, one for each matrix beside the experts, four for a layer of experts."""
+    return (
+        1
+        + sum(1 for u in table.units if u.expert is None)
+        + 4 * len({u.layer for u in table.units if u.expert is not None})
+    )
+
+
+def is_of_experts(tensor: SourceTensor) -> bool:
+    """A matrix of each expert; routers have an axis of experts too."""
+    return expert_axis(tensor.name) is not None and tensor.quantisable
+
+
+def _layers_flops(source: Source, length: int) -> float:
+    """Of one token through all layers."""
+    flops, share = 0.0, source.n_expert_used / source.n_expert
+    for tensor in source.tensors:
+        if layer_of(tensor.name) is not None:
+            flops += 2 * prod(tensor.shape) * (share if is_of_experts(tensor) else 1)
+            if tensor.name.endswith("attn_output.weight"):  # its columns are all heads' values
+                flops += 4 * length * tensor.shape[1]
+    return flops
+
+
+def _head_flops(source: Source) -> float:
+    return 2 * prod(source.tensor("token_embd.weight").shape)
+
+
+def _vocabulary(source: Source) -> int:
+    return source.tensor("token_embd.weight").shape[0]

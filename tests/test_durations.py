@@ -1,0 +1,107 @@
+"""Of a Qwen3-MoE of 2 layers: hidden 256, 6 experts of 256, top-2, a vocabulary of 320; rates are made up."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from moe2gguf import durations
+from moe2gguf.costs import cost_table
+from moe2gguf.durations import MAX_COLUMNS, Rates, calibration_seconds, measured_rates, quantise_seconds
+from moe2gguf.settings import Calibration, Quantizer
+from moe2gguf.source import Source, open_source
+
+NEVER = 1e30
+NOTHING = Rates(matmul_flops=NEVER, encoded_weights=NEVER, fed_back_weights=NEVER, factor_seconds=0.0, draw_seconds=0.0)
+CALIBRATION = Calibration((Path("text"),), n_sequences=16, sequence_tokens=64)
+LENGTH, N_TOKENS = 64, 16 * 64
+EXPERT_PARAMS = 2 * 6 * 3 * 256 * 256
+
+
+@pytest.fixture
+def source(tiny) -> Source:
+    return open_source(tiny("qwen3_moe"))
+
+
+def quantising(source: Source, quantizer: Quantizer = Quantizer(), **rates: float) -> float:  # noqa: B008 (frozen)
+    return quantise_seconds(source, CALIBRATION, LENGTH, quantizer, dataclasses.replace(NOTHING, **rates))
+
+
+def calibrating(source: Source, calibration: Calibration = CALIBRATION, *, pruned: bool = False, **rates: float):
+    table = cost_table(source, None, layout="grouped")
+    used = dataclasses.replace(NOTHING, **rates)
+    return calibration_seconds(source, table, calibration, LENGTH, used, pruned=pruned)
+
+
+def one_pass(source: Source) -> float:
+    """Multiplications and additions of the text through the layers: all matrices but experts, two of six experts, and
+    attention, where all heads' values are as wide as what the output projection takes."""
+    flops = 0
+    for tensor in source.tensors:
+        if tensor.name.startswith("blk."):
+            n_params = 1
+            for n in tensor.shape:
+                n_params *= n
+            flops += 2 * N_TOKENS * n_params * (2 / 6 if "_exps" in tensor.name else 1)
+            if "attn_output" in tensor.name:
+                flops += 2 * 2 * N_TOKENS * LENGTH * tensor.shape[1]
+    return flops
+
+
+def test_codes_and_factors(source: Source) -> None:
+    # 32 of 256 rows with each of three dampings before all of them with one
+    assert quantising(source, fed_back_weights=1.0) == pytest.approx(EXPERT_PARAMS * (1 + 3 * 32 / 256))
+    # the same rows by ggml, and twice or thrice all that is no expert
+    others = source.n_params - EXPERT_PARAMS
+    assert quantising(source, encoded_weights=1.0) == pytest.approx(EXPERT_PARAMS / 8 + 3 * others)
+    assert quantising(source, Quantizer(router="none"), encoded_weights=1.0) == pytest.approx(
+        EXPERT_PARAMS / 8 + 2 * others
+    )
+    assert quantising(source, Quantizer(feedback=False), encoded_weights=1.0) == source.n_params
+    # of each expert in each layer what gate and up are given, and what down is, with four dampings
+    assert quantising(source, factor_seconds=1.0) == pytest.approx(2 * 6 * 2 * 4 * (256 / MAX_COLUMNS) ** 3)
+
+
+def test_products_of_quantising(source: Source) -> None:
+    found = quantising(source, Quantizer(router="none"), matmul_flops=1.0)
+    # tokens of the text for each expert, and of a sample of it; each gives two matrices of second moments
+    moments = sum(
+        2 * 2 * (N_TOKENS * 2 + 6 * 512) * 256**2 for _layer in range(2) for _matrix in ("gate and up", "down")
+    )
+    assert found == pytest.approx(3.5 * one_pass(source) + moments)
+    by_router = [
+        quantising(source, Quantizer(router=router), matmul_flops=1.0) for router in ("none", "qesc", "qesc-kl")
+    ]
+    assert by_router[1] - by_router[0] > 2.5 * one_pass(source)
+    assert by_router[2] - by_router[1] > 4 * 16 * one_pass(source)  # no more tokens in a step than there are
+    assert quantising(source, Quantizer(feedback=False), matmul_flops=1.0) < 1  # no products
+
+
+def test_products_of_calibrating(source: Source) -> None:
+    plain = calibrating(source, matmul_flops=1.0)
+    assert calibrating(source, pruned=True, matmul_flops=1.0) - plain == pytest.approx(one_pass(source))
+    more = dataclasses.replace(CALIBRATION, n_probe_tokens=2 * CALIBRATION.n_probe_tokens)
+    branches = calibrating(source, more, matmul_flops=1.0) - plain
+    assert plain == pytest.approx(one_pass(source) + branches)
+    graded = dataclasses.replace(CALIBRATION, sensitivity="gradient")
+    head = 2 * N_TOKENS * 320 * 256
+    assert calibrating(source, graded, matmul_flops=1.0) - plain == pytest.approx(4 * (one_pass(source) + head))
+
+
+def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = dataclasses.replace(CALIBRATION, text_paths=())
+    assert calibrating(source, draw_seconds=1.0) == pytest.approx(calibrating(source), abs=1e-9)
+    assert calibrating(source, sampled, draw_seconds=1.0) == pytest.approx(320 * N_TOKENS)
+    balanced = dataclasses.replace(sampled, writer="ebss")
+    assert calibrating(source, balanced, draw_seconds=1.0) == pytest.approx(4 * 320 * N_TOKENS)
+    # 64 steps of 16 sequences side by side, each with all weights
+    read = 64 * source.n_params * 8.5 / 8
+    assert calibrating(source, sampled) == pytest.approx(read / durations.MEMORY_BYTES_PER_SECOND)
+    monkeypatch.setattr(durations.os, "sysconf", lambda name: 1)
+    assert calibrating(source, sampled) == pytest.approx(read / durations.DISK_BYTES_PER_SECOND)
+
+
+def test_rates_of_this_machine(source: Source) -> None:
+    one, two = measured_rates(source, 1), measured_rates(source, 2)
+    assert min(dataclasses.astuple(one)) > 0
+    assert 1 < two.encoded_weights / one.encoded_weights < 4  # two threads' for one's, on a noisy machine
