@@ -44,6 +44,8 @@ F32_BYTES = 4
 BASE_BYTES = GIB // 2
 # numba and what it compiles
 COMPILER_BYTES = GIB // 6
+# the runtime, and what it and the tokenizer leave behind
+WRITER_BYTES = GIB // 6
 # of a logit that is drawn from: in f32 twice, its probability in f64, and the sum of those before it
 LOGIT_BYTES = 24
 # a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
@@ -119,7 +121,9 @@ def make_plan(
     roles = _roles(source, table, allocation)
     # the stream, what the experts are given of it, and that once more while it is put together or squared
     calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
-    sampled_bytes = 0 if calibration.text_paths else sampling_bytes(source, calibration)
+    sampled_bytes, writer_bytes = (
+        (0, 0) if calibration.text_paths else (sampling_bytes(source, calibration), WRITER_BYTES)
+    )
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return ConversionPlan(
         source=source,
@@ -128,7 +132,7 @@ def make_plan(
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
         roles=roles,
-        calibration_ram_bytes=int(BASE_BYTES + max(calibration_bytes, sampled_bytes)),
+        calibration_ram_bytes=int(BASE_BYTES + writer_bytes + max(calibration_bytes, sampled_bytes)),
         quantise_ram_bytes=int(
             BASE_BYTES
             + COMPILER_BYTES
