@@ -150,10 +150,10 @@ calibration_options = _together(
     ),
     click.option(
         "--sensitivity",
-        type=click.Choice(["probe", "gradient"]),
-        default="probe",
+        type=click.Choice(["gradient", "probe"]),
+        default="gradient",
         show_default=True,
-        help="How a layer's experts compare: by their output errors, or these weighed by the loss's gradient.",
+        help="How a layer's experts compare: by their output errors weighed by the loss's gradient, or by these alone.",
     ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
     click.option(

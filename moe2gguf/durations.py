@@ -5,6 +5,7 @@ Shapes: K columns, N rows, D hidden, I intermediate, L tokens of a sequence.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -137,26 +138,35 @@ def quantise_seconds(
     source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates
 ) -> float:
     """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
-    codes, for a few rows with each damping too; all else by ggml's encoder, for either stream and for the file."""
+    codes, for a few rows with each damping too; embeddings by ggml's encoder, for each stream and for the file."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
     n_routed = n_tokens * source.n_expert_used + source.n_expert * LAYER_SAMPLE_TOKENS
-    layers, head = _layers_flops(source, length), _head_flops(source)
-    n_moe_layers, n_expert_params, n_sampled_params, n_columns = 0, 0, 0.0, []
+    layers, head, flops = _layers_flops(source, length), _head_flops(source), 0.0
+    n_moe_layers, n_fed_back, n_sampled, n_columns = 0, 0, 0.0, []
+    # all of the text through each matrix beside the experts; queries, keys and values are given the same
+    n_columns_beside = []
     for tensor in source.tensors:
         if is_of_experts(tensor):
             _, n_rows, n_own_columns = tensor.shape
-            n_expert_params += prod(tensor.shape)
-            n_sampled_params += prod(tensor.shape) * min(SAMPLE_ROWS, n_rows) / n_rows
+            n_fed_back += prod(tensor.shape)
+            n_sampled += prod(tensor.shape) * min(SAMPLE_ROWS, n_rows) / n_rows
             if not tensor.name.endswith("ffn_gate_exps.weight"):  # it shares up's inputs
                 n_columns.append(n_own_columns)
             n_moe_layers += "ffn_down" in tensor.name
+        elif tensor.quantisable and len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
+            n_fed_back += prod(tensor.shape)
+            n_sampled += min(SAMPLE_ROWS, tensor.shape[0]) * tensor.shape[1]
+            n_columns_beside.append(tensor.shape[1])
+            flops += 0 if re.search("attn_[kv].weight$", tensor.name) else 2 * n_tokens * tensor.shape[1] ** 2
     # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
-    flops = 3.5 * n_tokens * layers
+    flops += 3.5 * n_tokens * layers
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
-    seconds = source.n_expert * sum(
-        (len(DAMPINGS) + 1) * rates.factor_seconds * (n / MAX_COLUMNS) ** 3 for n in n_columns
+    seconds = sum(
+        n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / MAX_COLUMNS) ** 3
+        for n_matrices, own in ((source.n_expert, n_columns), (1, n_columns_beside))
+        for n in own
     )
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
@@ -170,12 +180,12 @@ def quantise_seconds(
     if quantizer.router == "qesc-kl":  # forward, forward again for what is kept, and back; then trials
         flops += 4 * N_STEPS * min(n_tokens, STEP_TOKENS) * (layers + head) + n_tokens * layers
         flops += source.n_layer * n_held_out * (layers / 2 + head)
-    n_others = source.n_params - n_expert_params
+    n_others = source.n_params - n_fed_back
     return (
         seconds
         + flops / rates.matmul_flops
-        + (n_expert_params + len(DAMPINGS) * n_sampled_params) / rates.fed_back_weights
-        + (n_sampled_params + (2 if quantizer.router == "none" else 3) * n_others) / rates.encoded_weights
+        + (n_fed_back + len(DAMPINGS) * n_sampled) / rates.fed_back_weights
+        + (n_sampled + (2 if quantizer.router == "none" else 3) * n_others) / rates.encoded_weights
     )
 
 

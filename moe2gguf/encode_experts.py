@@ -20,6 +20,7 @@ import torch
 from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import ExpertCapture, tokens_of
 from moe2gguf.codec import CODECS
+from moe2gguf.encode_matrices import InputMoments
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
@@ -110,18 +111,27 @@ def encode_experts(
     progress: Progress,
     matrices: Matrices = NO_MATRICES,
 ) -> None:
-    """Fills the spool with every expert in `types`, layer by layer; layers that are there only pass the tokens on."""
+    """Fills the spool with every expert in `types` and the matrices beside them, layer by layer; what is there only
+    passes the tokens on."""
     layers = {layer for layer, _, _ in types}
     missing = {layer for layer in layers if not spool.has(layer)}
-    if not missing:
-        return
+    without = {layer for layer in range(stream.n_layers) if not spool.has_matrices(layer)}
+    head = InputMoments({} if spool.has_matrices(None) else {"lm_head": stream.head}, matrices)
+    last = stream.n_layers - 1 if head.modules else max(missing | without, default=-1)
     with ggml.encoding_threads(n_threads) as pool:
-        streams = Streams(stream, tokens_SL, matrices, pool, progress)
-        for index in range(max(missing) + 1):
-            with streams.layer(index) as (_, block):
+        if last >= 0:
+            streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
+        for index in range(last + 1):
+            with streams.layer(index) as (layer, block):
                 exact, found = ExpertCapture(block), ExpertCapture(block)
-                with exact.listening():
+                modules = {f"layers.{index}.{path}": module for path, module in layer.named_modules()}
+                given = InputMoments(modules if index in without else {}, matrices)
+                with exact.listening(), given.listening():
                     streams.advance(streams.exact_SLD)
+                if index in without:
+                    streams.say("quantise matrices", 0, 1)
+                    _put_matrices(spool, index, given, matrices, device, pool)
+                del given
                 streams.quantise_matrices()
                 if block is not None and index in layers:
                     own = {(matrix, expert): t for (l, matrix, expert), t in types.items() if l == index}
@@ -137,7 +147,26 @@ def encode_experts(
                         )
                     del exact, found
                     put_back(block, own, spool, index)
-                streams.advance(streams.found_SLD)
+                if index < last:
+                    streams.advance(streams.found_SLD)
+        if head.modules:
+            with head.listening():
+                streams.look_at_head()
+        if not spool.has_matrices(None):
+            _put_matrices(spool, None, head, matrices, device, pool)
+
+
+def _put_matrices(
+    spool: Spool,
+    layer: int | None,
+    given: InputMoments,
+    matrices: Matrices,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+) -> None:
+    blocks, outcomes = given.encode(matrices, device, pool)
+    weights = {name: (given.modules[name].weight.numpy(), blocks_NB) for name, blocks_NB in blocks.items()}
+    spool.put_matrices(layer, weights, outcomes)
 
 
 class _LayerWork:
@@ -346,6 +375,6 @@ def describe(outcomes: Iterable[Outcome]) -> str:
         won[outcome.quant_type] += outcome.damping is not None
     order = sorted(total, key=lambda name: ggml.bits_per_weight(QuantType[name]))
     return (
-        f"error feedback kept for {sum(won.values())} of {sum(total.values())} expert matrices, ggml's bytes for the "
-        f"rest ({', '.join(f'{name} {won[name]}/{total[name]}' for name in order)})"
+        f"error feedback kept for {sum(won.values())} of {sum(total.values())} matrices, ggml's bytes for the rest "
+        f"({', '.join(f'{name} {won[name]}/{total[name]}' for name in order)})"
     )

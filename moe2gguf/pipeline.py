@@ -8,8 +8,9 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -262,7 +263,7 @@ def _quantised(
             note(describe_tuned(tuned))
             changed |= tuned.weights.keys()
         extra_kv = extra_kv | changed_values(source, quantizer, changed)
-    paths = _write(source, plan, extra_kv, target, n_threads, progress, spool)
+    paths = _write(source, plan, extra_kv, target, n_threads, progress, spool, modules)
     spool.remove()
     return tuple(paths), outcomes
 
@@ -556,8 +557,11 @@ def _write(
     n_threads: int,
     progress: Progress,
     spool: Spool | None = None,
+    modules: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
-    encoded = encode_tensors(plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total), spool)
+    encoded = encode_tensors(
+        plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total), spool, modules
+    )
     return write_gguf(source, plan, encoded, extra_kv, target)
 
 

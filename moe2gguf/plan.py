@@ -14,10 +14,12 @@ from rich.table import Table
 
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
+from moe2gguf.calibrate import BATCH_TOKENS
 from moe2gguf.costs import CostTable, cost_table
 from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
 from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
+from moe2gguf.encode_matrices import MAX_COLUMNS
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
 from moe2gguf.pipeline import (
@@ -121,6 +123,8 @@ def make_plan(
     roles = _roles(source, table, allocation)
     # the stream, what the experts are given of it, and that once more while it is put together or squared
     calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
+    if calibration.sensitivity == "gradient":
+        calibration_bytes = max(calibration_bytes, outer_bytes + layer_bytes + hidden + _graph_bytes(source, length))
     sampled_bytes, writer_bytes = (
         (0, 0) if calibration.text_paths else (sampling_bytes(source, calibration), WRITER_BYTES)
     )
@@ -139,6 +143,8 @@ def make_plan(
             + max(
                 2 * largest_tensor,
                 outer_bytes + LOADING * layer_bytes + 2 * hidden,
+                # second moments of what each of its matrices is given, and one of them in f64 with its factor
+                outer_bytes + layer_bytes + 3 * hidden + _beside_bytes(source),
                 # two streams and what the experts are given in each; then what each matrix of a chunk is given in
                 # both, copied while its moments are taken, and those, in f32 and f64, and their factors
                 outer_bytes + layer_bytes + 4 * hidden + n_chunk * (10 * inputs + 8 * 8 * widest**2),
@@ -202,6 +208,30 @@ def _largest_layer_params(source: Source) -> int:
 
 def _widest_expert(source: Source) -> int:
     return max(t.shape[-1] for t in source.tensors if is_of_experts(t))
+
+
+def _beside_bytes(source: Source) -> int:
+    """Queries, keys and values share theirs."""
+    of_layer = Counter[int]()
+    widest = 0
+    for tensor in source.tensors:
+        layer, n_columns = layer_of(tensor.name), tensor.shape[-1]
+        if layer is not None and tensor.quantisable and len(tensor.shape) == 2 and n_columns <= MAX_COLUMNS:
+            widest = max(widest, n_columns)
+            of_layer[layer] += 0 if re.search("attn_[kv].weight$", tensor.name) else 2 * F32_BYTES * n_columns**2
+    return max(of_layer.values(), default=0) + 20 * widest**2
+
+
+def _graph_bytes(source: Source, length: int) -> int:
+    """What one layer keeps of a batch for the way back: what each matrix is given and gives."""
+    n_tokens = max(BATCH_TOKENS, length)
+    share = source.n_expert_used / source.n_expert
+    of_layer = Counter[int]()
+    for tensor in source.tensors:
+        if (layer := layer_of(tensor.name)) is not None and tensor.quantisable:
+            n_experts = share * tensor.shape[0] if is_of_experts(tensor) else 1
+            of_layer[layer] += int(F32_BYTES * n_tokens * n_experts * sum(tensor.shape[-2:]))
+    return max(of_layer.values())
 
 
 def _outer_params(source: Source) -> int:

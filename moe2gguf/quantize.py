@@ -8,9 +8,10 @@ Shapes: E experts, N rows, K columns, B bytes of one encoded row.
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
+from types import MappingProxyType
 
 import numpy as np
 
@@ -151,9 +152,14 @@ def plan_uniform(source: Source, quant_type: QuantType) -> FilePlan:
 
 
 def encode_tensors(
-    plan: FilePlan, n_threads: int, progress: Callable[[str, int, int], None], spool: Spool | None = None
+    plan: FilePlan,
+    n_threads: int,
+    progress: Callable[[str, int, int], None],
+    spool: Spool | None = None,
+    modules: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[TensorPlan, np.ndarray]]:
-    """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32."""
+    """Yields every tensor of the plan with its blocks, uint8 (..., B), or f32 values for F32. `modules` are what the
+    spool knows tensors beside the experts by."""
     with ggml.encoding_threads(n_threads) as pool:
         calibrated = None if spool is None else spool.routers()
         fitted = (
@@ -171,7 +177,9 @@ def encode_tensors(
             weight = fitted.get(tensor.name, weight)
             if weight is None:
                 weight = tensor.source.load()
-            yield tensor, _encode(tensor, weight, pool)
+            known = None if spool is None else modules.get(tensor.name)
+            blocks_NB = None if spool is None or known is None else spool.matrix(known, weight)
+            yield tensor, _encode(tensor, weight, pool) if blocks_NB is None else blocks_NB
             if not tensor.shares_source:
                 weight = None
 

@@ -140,7 +140,7 @@ def calibrate_routers(
     fits: dict[int, Fit] = {}
     agreements: list[tuple[float, float]] = []
     with ggml.encoding_threads(n_threads) as pool:
-        streams = Streams(stream, tokens_SL, matrices, pool, progress)
+        streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
         trials = Trials(streams.found_SLD[held_out_S].clone(), States(TRIALS_BYTES, spool.folder))
         for index in range(stream.n_layers):
             with streams.layer(index) as (_, block):

@@ -21,7 +21,7 @@ class Calibration:
     n_sequences: int = 128
     sequence_tokens: int = 512
     n_probe_tokens: int = 4096
-    sensitivity: str = "probe"  # how experts of a layer compare: "probe", by their errors | "gradient", weighed by it
+    sensitivity: str = "gradient"  # how experts of a layer compare: "probe", by their errors | these weighed by it
     seed: int = 0
 
 

@@ -1,10 +1,12 @@
 """What quantisation, which goes layer by layer, leaves for writing, which goes tensor by tensor.
 
-One file per layer in the work folder; a layer that is there is not quantised again after a crash.
+One file per layer in the work folder for its experts and one for its other matrices, one for what comes after the last
+layer; what is there is not quantised again after a crash.
 
-Shapes: N rows, B bytes of an encoded row.
+Shapes: N rows, K columns, B bytes of an encoded row.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -17,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What held-out activations decided for one expert's matrix."""
+    """What held-out activations decided for one matrix."""
 
-    matrix: str  # "gate" | "up" | "down"
-    expert: int
+    matrix: str  # "gate" | "up" | "down" of an expert, or a module: "layers.0.self_attn.q_proj", "lm_head"
+    expert: int | None
     quant_type: str
     damping: float | None  # of the feedback; None: ggml's bytes had less error
     error: float  # held-out output error on sampled rows, over that of ggml's bytes
@@ -53,9 +55,17 @@ class Tuned:
     agreement: float
 
 
+def row_keys(weight_NK: np.ndarray) -> np.ndarray:
+    """u64 (N,): by which a row is known again, as some converters have rows in another order than the checkpoint."""
+    bits_NK = np.ascontiguousarray(weight_NK, np.float32).view(np.uint32)
+    odd_K = np.random.default_rng(0).integers(0, 1 << 63, bits_NK.shape[1], np.uint64) * 2 + 1
+    # 0 has a multiple too
+    return ((bits_NK.astype(np.uint64) + 1) * odd_K).sum(1, dtype=np.uint64)
+
+
 @dataclass(frozen=True)
 class Spool:
-    """Blocks by layer, matrix ("gate", "up", "down") and the checkpoint's expert."""
+    """Blocks by layer, matrix ("gate", "up", "down") and the checkpoint's expert; of other matrices by their module."""
 
     folder: Path
 
@@ -73,6 +83,38 @@ class Spool:
         """blocks: uint8 (N, B) by matrix and expert."""
         header = {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])}
         self._save(self.path(layer), {f"{m}/{expert}": block for (m, expert), block in blocks.items()}, header)
+
+    def _part(self, layer: int | None) -> Path:
+        """None: after the last."""
+        return self.folder / f"matrices-{'last' if layer is None else f'{layer:04d}'}.safetensors"
+
+    def has_matrices(self, layer: int | None) -> bool:
+        try:
+            with safe_open(self._part(layer), framework="np"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def put_matrices(
+        self, layer: int | None, matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], outcomes: list[Outcome]
+    ) -> None:
+        """All of the layer's: by module weights f32 (N, K), of which only keys are kept, and blocks uint8 (N, B)."""
+        arrays = {f"blocks/{name}": blocks_NB for name, (_, blocks_NB) in matrices.items()}
+        arrays |= {f"keys/{name}": row_keys(weight_NK) for name, (weight_NK, _) in matrices.items()}
+        self._save(self._part(layer), arrays, {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])})
+
+    def matrix(self, module: str, weight_NK: np.ndarray) -> np.ndarray | None:
+        """uint8 (N, B), rows as in f32 weight_NK; None where the module, or a row, is not there."""
+        layer = int(module.split(".")[1]) if module.startswith("layers.") else None
+        try:
+            with safe_open(self._part(layer), framework="np") as file:
+                if f"keys/{module}" not in file.keys():  # noqa: SIM118 (no iterator)
+                    return None
+                place = {key: row for row, key in enumerate(file.get_tensor(f"keys/{module}").tolist())}
+                rows = [place.get(key) for key in row_keys(weight_NK).tolist()]
+                return None if None in rows else file.get_tensor(f"blocks/{module}")[rows]
+        except (OSError, SafetensorError):
+            return None
 
     def put_routers(self, routers: Routers) -> None:
         header = {name: repr(value) for name, value in vars(routers).items() if name != "router_ED"}
@@ -120,7 +162,8 @@ class Spool:
 
     def outcomes(self) -> list[Outcome]:
         found = []
-        for path in sorted(self.folder.glob("layer-*.safetensors")):
+        parts = (self.folder.glob(f"{kind}-*.safetensors") for kind in ("layer", "matrices"))
+        for path in itertools.chain(*map(sorted, parts)):
             with safe_open(path, framework="np") as file:
                 found += [Outcome(**fields) for fields in json.loads(file.metadata()["outcomes"])]
         return found

@@ -40,7 +40,7 @@ NO_MATRICES: Matrices = MappingProxyType({})
 
 
 class _Reached(Exception):
-    """The experts have been given their tokens."""
+    """The experts, or the head, have been given their tokens."""
 
 
 class Streams:
@@ -51,10 +51,12 @@ class Streams:
         stream: LayerStream,
         tokens_SL: np.ndarray,
         matrices: Matrices,
+        spool: Spool,
         pool: ThreadPoolExecutor,
         progress: Progress,
     ):
         self._stream, self._matrices, self._pool, self._progress = stream, matrices, pool, progress
+        self._spool = spool
         self._batch = max(1, BATCH_TOKENS // tokens_SL.shape[1])
         tokens = torch.from_numpy(tokens_SL).long()
         self.exact_SLD = self._embed(tokens)
@@ -100,6 +102,21 @@ class Streams:
         finally:
             handle.remove()
 
+    def look_at_head(self) -> None:
+        """The model's own stream, through all layers, as far as its head, for those who listen to what that gets."""
+
+        def stop(_module: nn.Module, _args: tuple) -> None:
+            raise _Reached
+
+        handle = self._stream.head.register_forward_pre_hook(stop)
+        try:
+            for start in range(0, len(self.exact_SLD), self._batch):
+                self._progress("head", start, len(self.exact_SLD))
+                with suppress(_Reached):
+                    self._stream.logits(self.exact_SLD[start : start + self._batch])
+        finally:
+            handle.remove()
+
     def run(self, hidden_SLD: torch.Tensor) -> torch.Tensor:
         hidden_SLD = hidden_SLD.clone()
         self.advance(hidden_SLD)
@@ -113,6 +130,9 @@ class Streams:
 
     def _quantise(self, name: str, weight_NK: torch.Tensor) -> None:
         if (matrix := self._matrices.get(name)) is None:
+            return
+        if (blocks_NB := self._spool.matrix(name, weight_NK.numpy())) is not None:
+            weight_NK.copy_(torch.from_numpy(ggml.decode(blocks_NB, matrix.quant_type, weight_NK.shape[1])))
             return
         parts = weight_NK.split(ROWS_PER_JOB)
         jobs = [

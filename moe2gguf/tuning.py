@@ -103,6 +103,8 @@ class QuantisedModel:
         if (matrix := self._matrices.get(name)) is None:
             return
         parts = weight_NK.data.split(ROWS_PER_JOB)
+        if name not in self._blocks and (blocks_NB := self._spool.matrix(name, weight_NK.detach().numpy())) is not None:
+            self._blocks[name] = np.split(blocks_NB, range(ROWS_PER_JOB, len(blocks_NB), ROWS_PER_JOB))
         if name not in self._blocks:
             jobs = [
                 self._pool.submit(ggml.encode, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
@@ -144,7 +146,7 @@ def tune(
     held_out_S = held_out(*tokens_SL.shape)
     with ggml.encoding_threads(n_threads) as pool:
         model = QuantisedModel(stream, types, matrices, spool, pool)
-        streams = Streams(stream, tokens_SL, matrices, pool, progress)
+        streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
         names = _Names(source)
         before, selected = _as_it_was(model, streams, spool, names, held_out_S)
         found_SLD, exact_SLD = streams.found_SLD, streams.exact_SLD

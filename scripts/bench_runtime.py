@@ -491,7 +491,7 @@ class Bench:
 
     def skip(self) -> Iterator[Row]:
         speed_targets = {("decode", 0.15): 1.10, ("prompt", 0.15): 1.08, ("decode", 0.50): 1.6}
-        for shape, quant_type in ((QWEN, QuantType.Q4_K), (QWEN, QuantType.IQ2_S), (MIXTRAL, QuantType.Q4_K)):
+        for shape, quant_type in itertools.product((QWEN, MIXTRAL), (QuantType.Q4_K, QuantType.IQ2_S)):
             if shape not in self.shapes:
                 continue
             file = self.files.get(shape, quant_type, skip=True)

@@ -4,7 +4,7 @@ Only experts are quantised; everything else is BF16, and all bytes are ggml's en
 Uniform types, one type per layer and projection (stock), one type per expert (grouped), at the same bytes: the table
 also shows what the program gains over a uniform type.
 
-    python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE] [--sensitivity gradient]
+    python scripts/predicted_kl.py demo out/ [--calibration-text FILE ...] [--text FILE] [--sensitivity probe]
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Row:
 @click.option("--calibration-text", type=click.Path(exists=True, path_type=Path), multiple=True)
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="Held-out text [default: CPython's own].")
 @click.option("--probe-tokens", default=16384, show_default=True)
-@click.option("--sensitivity", type=click.Choice(["probe", "gradient"]), default="probe", show_default=True)
+@click.option("--sensitivity", type=click.Choice(["gradient", "probe"]), default="gradient", show_default=True)
 @click.option("--bits", default="2.3125,2.5625,2.8,3.0625", show_default=True, help="Bits per expert weight.")
 def main(
     model: str,

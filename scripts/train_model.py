@@ -95,7 +95,7 @@ WARM_UP_STEPS = 30
 STEPS_PER_STATE = 100
 MEASURED_TOKENS = 32_768  # of each held-out text
 BALANCE = 0.01  # of the loss
-ROUTER_NOISE = 0.1
+ROUTER_NOISE = 0.5
 
 
 def texts_of(source: Source) -> Iterator[str]:
@@ -195,11 +195,11 @@ def inherit_block(new: nn.Module, old: nn.Module, x_TH: torch.Tensor, *, noise: 
         parents_MP = frequent_pairs(old_weights_TE)
         router_MH = fit_router(x_TH, old_weights_TE[:, parents_MP].sum(-1), old.gate.weight[parents_MP].mean(1))
         share_MPI = torch.ones(n_new, 2, 1)
-    else:  # of twins, each has a random share of each neuron's output
+    else:  # of twins, each has the outputs of its own half of the neurons, and nothing yet of the others'
         parents_MP = torch.arange(n_old).repeat_interleave(2)[:, None]
         router_MH = old.gate.weight[parents_MP[:, 0]]
         router_MH = router_MH + noise * router_MH.std() * torch.randn_like(router_MH)
-        share_EI = torch.rand(n_old, old.experts.intermediate_dim)
+        share_EI = torch.rand(n_old, old.experts.intermediate_dim).round()
         share_MPI = torch.stack([share_EI, 1 - share_EI], 1).flatten(0, 1)[:, None]
 
     # what a parent was multiplied by, over what its heir is, on the tokens that now select that

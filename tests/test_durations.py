@@ -13,7 +13,7 @@ from moe2gguf.source import Source, open_source
 
 NEVER = 1e30
 NOTHING = Rates(matmul_flops=NEVER, encoded_weights=NEVER, fed_back_weights=NEVER, factor_seconds=0.0, draw_seconds=0.0)
-CALIBRATION = Calibration((Path("text"),), n_sequences=16, sequence_tokens=64)
+CALIBRATION = Calibration((Path("text"),), n_sequences=16, sequence_tokens=64, sensitivity="probe")
 LENGTH, N_TOKENS = 64, 16 * 64
 EXPERT_PARAMS = 2 * 6 * 3 * 256 * 256
 
@@ -49,17 +49,24 @@ def one_pass(source: Source) -> float:
 
 
 def test_codes_and_factors(source: Source) -> None:
+    beside = [t for t in source.tensors if t.quantisable and "_exps" not in t.name and t.name != "token_embd.weight"]
+    assert {t.name.split(".")[-2] for t in beside} == {"attn_q", "attn_k", "attn_v", "attn_output", "output"}
+    n_beside = sum(t.shape[0] * t.shape[1] for t in beside)
+    n_sampled = sum(32 * t.shape[1] for t in beside)
     # 32 of 256 rows with each of three dampings before all of them with one
-    assert quantising(source, fed_back_weights=1.0) == pytest.approx(EXPERT_PARAMS * (1 + 3 * 32 / 256))
-    # the same rows by ggml, and twice or thrice all that is no expert
-    others = source.n_params - EXPERT_PARAMS
-    assert quantising(source, encoded_weights=1.0) == pytest.approx(EXPERT_PARAMS / 8 + 3 * others)
-    assert quantising(source, Quantizer(router="none"), encoded_weights=1.0) == pytest.approx(
-        EXPERT_PARAMS / 8 + 2 * others
+    assert quantising(source, fed_back_weights=1.0) == pytest.approx(
+        EXPERT_PARAMS * (1 + 3 * 32 / 256) + n_beside + 3 * n_sampled
     )
+    # the same rows by ggml, and twice or thrice all that is neither
+    others = source.n_params - EXPERT_PARAMS - n_beside
+    by_ggml = EXPERT_PARAMS / 8 + n_sampled
+    assert quantising(source, encoded_weights=1.0) == pytest.approx(by_ggml + 3 * others)
+    assert quantising(source, Quantizer(router="none"), encoded_weights=1.0) == pytest.approx(by_ggml + 2 * others)
     assert quantising(source, Quantizer(feedback=False), encoded_weights=1.0) == source.n_params
-    # of each expert in each layer what gate and up are given, and what down is, with four dampings
-    assert quantising(source, factor_seconds=1.0) == pytest.approx(2 * 6 * 2 * 4 * (256 / MAX_COLUMNS) ** 3)
+    # of each expert in each layer what gate and up are given, and what down is, with four dampings; of the others each
+    assert quantising(source, factor_seconds=1.0) == pytest.approx(
+        4 * (2 * 6 * 2 * 256**3 + sum(t.shape[1] ** 3 for t in beside)) / MAX_COLUMNS**3
+    )
 
 
 def test_products_of_quantising(source: Source) -> None:
@@ -68,6 +75,10 @@ def test_products_of_quantising(source: Source) -> None:
     moments = sum(
         2 * 2 * (N_TOKENS * 2 + 6 * 512) * 256**2 for _layer in range(2) for _matrix in ("gate and up", "down")
     )
+    # all of them for attention's three matrices' common input, its output projection, and the head
+    shapes = {t.name: t.shape for t in source.tensors}
+    for name in ("blk.0.attn_q", "blk.0.attn_output", "blk.1.attn_q", "blk.1.attn_output", "output"):
+        moments += 2 * N_TOKENS * shapes[f"{name}.weight"][1] ** 2
     assert found == pytest.approx(3.5 * one_pass(source) + moments)
     by_router = [
         quantising(source, Quantizer(router=router), matmul_flops=1.0) for router in ("none", "qesc", "qesc-kl")
