@@ -19,7 +19,8 @@ from moe2gguf import ggml
 from moe2gguf.calibrate import GRADED_TOKENS
 from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
-from moe2gguf.encode_experts import DAMPINGS, LAYER_SAMPLE_TOKENS, SAMPLE_ROWS
+from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS
+from moe2gguf.encode_matrices import DAMPINGS, SAMPLE_ROWS
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import MAX_ERROR_ROWS

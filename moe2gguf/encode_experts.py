@@ -20,7 +20,7 @@ import torch
 from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import ExpertCapture, tokens_of
 from moe2gguf.codec import CODECS
-from moe2gguf.encode_matrices import InputMoments
+from moe2gguf.encode_matrices import DAMPINGS, HELD_OUT, SAMPLE_ROWS, InputMoments
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
@@ -29,11 +29,6 @@ from moe2gguf.stats import SHRINKAGE_TOKENS
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import NO_MATRICES, Matrices, Progress, Streams, Types, put_back
 
-# in parts of the mean of the Hessian's diagonal; of equals the first is taken
-DAMPINGS = (0.03, 0.01, 0.1)
-SAMPLE_ROWS = 32
-# one in so many runs of tokens is held out
-HELD_OUT = 4
 MAX_HELD_OUT_TOKENS = 1024
 LAYER_SAMPLE_TOKENS = 512
 # what an expert's second moments are taken of at most

@@ -21,7 +21,7 @@ from moe2gguf.codec import CODECS
 from moe2gguf.spool import Outcome
 from moe2gguf.streams import Matrices, Matrix
 
-# in parts of the mean of the second moments' diagonal; of equals the first is taken
+# for experts too; in parts of the mean of the second moments' diagonal, of equals the first is taken
 DAMPINGS = (0.03, 0.01, 0.1)
 SAMPLE_ROWS = 32
 # one in so many runs of tokens is held out
