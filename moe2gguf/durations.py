@@ -36,7 +36,7 @@ from moe2gguf.tuning import N_STEPS, STEP_TOKENS
 # what is measured
 TEXT_TOKENS, EXPERT_TOKENS, MATMUL_FLOPS = 4096, 512, 4e9
 ENCODED_ROWS, ENCODED_COLUMNS = 512, 256
-FED_BACK_ROWS, MAX_COLUMNS = 256, 1024
+FED_BACK_ROWS, FACTORED_COLUMNS = 256, 1024
 DRAWN_SEQUENCES, DRAWN_TOKENS = 32, 4096
 # of types in between in bits and in time
 ENCODED, FED_BACK = QuantType.IQ2_XXS, QuantType.IQ2_S
@@ -52,7 +52,7 @@ class Rates:
     matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
     encoded_weights: float  # per second, by ggml
     fed_back_weights: float  # per second, with error feedback, second moments factored
-    factor_seconds: float  # of second moments, damped, of MAX_COLUMNS
+    factor_seconds: float  # of second moments, damped, of FACTORED_COLUMNS
     draw_seconds: float  # of one logit
 
 
@@ -73,9 +73,9 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
     random = np.random.default_rng(0)
     weight_NK = random.standard_normal((ENCODED_ROWS, ENCODED_COLUMNS), np.float32)
     logits_PV = random.standard_normal((DRAWN_SEQUENCES, DRAWN_TOKENS), np.float32)
-    n_columns = min(MAX_COLUMNS, n_intermediate // 256 * 256 or 256)
+    n_columns = min(FACTORED_COLUMNS, n_intermediate // 256 * 256 or 256)
     fed_back_ENK = torch.from_numpy(random.standard_normal((1, FED_BACK_ROWS, n_columns), np.float32))
-    ones_EKK = torch.eye(MAX_COLUMNS)[None]
+    ones_EKK = torch.eye(FACTORED_COLUMNS)[None]
     few = curvature(ones_EKK[:, :n_columns, :n_columns], 0.1)
 
     def feed_back(n_rows: int) -> None:
@@ -165,7 +165,7 @@ def quantise_seconds(
     flops += 3.5 * n_tokens * layers
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
     seconds = sum(
-        n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / MAX_COLUMNS) ** 3
+        n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3
         for n_matrices, own in ((source.n_expert, n_columns), (1, n_columns_beside))
         for n in own
     )

@@ -73,11 +73,7 @@ class Spool:
         return self.folder / f"layer-{layer:04d}.safetensors"
 
     def has(self, layer: int) -> bool:
-        try:
-            with safe_open(self.path(layer), framework="np"):
-                return True
-        except (OSError, SafetensorError):
-            return False
+        return _is_whole(self.path(layer))
 
     def put(self, layer: int, blocks: Mapping[tuple[str, int], np.ndarray], outcomes: list[Outcome]) -> None:
         """blocks: uint8 (N, B) by matrix and expert."""
@@ -89,11 +85,7 @@ class Spool:
         return self.folder / f"matrices-{'last' if layer is None else f'{layer:04d}'}.safetensors"
 
     def has_matrices(self, layer: int | None) -> bool:
-        try:
-            with safe_open(self._part(layer), framework="np"):
-                return True
-        except (OSError, SafetensorError):
-            return False
+        return _is_whole(self._part(layer))
 
     def put_matrices(
         self, layer: int | None, matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], outcomes: list[Outcome]
@@ -170,3 +162,11 @@ class Spool:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -43,6 +43,20 @@ class _Reached(Exception):
     """The experts, or the head, have been given their tokens."""
 
 
+@contextmanager
+def _stopping_at(module: nn.Module) -> Iterator[None]:
+    """_Reached is raised in place of its forward pass, after others' hooks have seen what it is given."""
+
+    def stop(_module: nn.Module, _args: tuple) -> None:
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Streams:
     """All of the text through the layer at hand: by the model as it is, and with what is quantised so far."""
 
@@ -90,32 +104,18 @@ class Streams:
 
     def look(self, block: ExpertBlock) -> None:
         """What is quantised so far through the layer as far as its experts, for those who listen to what they get."""
-
-        def stop(_module: nn.Module, _args: tuple) -> None:
-            raise _Reached
-
-        handle = block.module.register_forward_pre_hook(stop)
-        try:
+        with _stopping_at(block.module):
             for hidden_BLD in self._batches(self.found_SLD):
                 with suppress(_Reached):
                     self._stream.run(self._index, self._layer, hidden_BLD)
-        finally:
-            handle.remove()
 
     def look_at_head(self) -> None:
         """The model's own stream, through all layers, as far as its head, for those who listen to what that gets."""
-
-        def stop(_module: nn.Module, _args: tuple) -> None:
-            raise _Reached
-
-        handle = self._stream.head.register_forward_pre_hook(stop)
-        try:
+        with _stopping_at(self._stream.head):
             for start in range(0, len(self.exact_SLD), self._batch):
                 self._progress("head", start, len(self.exact_SLD))
                 with suppress(_Reached):
                     self._stream.logits(self.exact_SLD[start : start + self._batch])
-        finally:
-            handle.remove()
 
     def run(self, hidden_SLD: torch.Tensor) -> torch.Tensor:
         hidden_SLD = hidden_SLD.clone()

@@ -7,7 +7,7 @@ import pytest
 
 from moe2gguf import durations
 from moe2gguf.costs import cost_table
-from moe2gguf.durations import MAX_COLUMNS, Rates, calibration_seconds, measured_rates, quantise_seconds
+from moe2gguf.durations import FACTORED_COLUMNS, Rates, calibration_seconds, measured_rates, quantise_seconds
 from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, open_source
 
@@ -65,7 +65,7 @@ def test_codes_and_factors(source: Source) -> None:
     assert quantising(source, Quantizer(feedback=False), encoded_weights=1.0) == source.n_params
     # of each expert in each layer what gate and up are given, and what down is, with four dampings; of the others each
     assert quantising(source, factor_seconds=1.0) == pytest.approx(
-        4 * (2 * 6 * 2 * 256**3 + sum(t.shape[1] ** 3 for t in beside)) / MAX_COLUMNS**3
+        4 * (2 * 6 * 2 * 256**3 + sum(t.shape[1] ** 3 for t in beside)) / FACTORED_COLUMNS**3
     )
 
 
