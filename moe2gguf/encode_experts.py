@@ -359,7 +359,8 @@ def _fitted(
     factor_EKK: torch.Tensor,
 ) -> torch.Tensor:
     """Rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] + ridge)⁻¹."""
-    return weight_ENK + weight_ENK @ (cross_EKK - hessian_EKK) @ (factor_EKK.mT @ factor_EKK)
+    # rows first: they are seldom more than columns, and few where dampings are compared
+    return weight_ENK + weight_ENK @ (cross_EKK - hessian_EKK) @ factor_EKK.mT @ factor_EKK
 
 
 def describe(outcomes: Iterable[Outcome]) -> str:
