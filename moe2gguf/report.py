@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import os
 import re
@@ -137,8 +138,14 @@ def _rectangle(rows: tuple[tuple[float, ...], ...]) -> np.ndarray:
 # ---- tables
 
 
+# a table with a row for each file is read as long as it has no more budgets
+MAX_SUMMARY_BUDGETS = 2
+
+
 def summary(record: Record) -> list[Block]:
     """The one table."""
+    if len(record.budgets) > MAX_SUMMARY_BUDGETS:
+        return [divergence_table(record), Paragraph(f"{_tokens(record)}. {_where(record)}")]
     base = record.base
     rows = [
         (
@@ -166,6 +173,38 @@ def summary(record: Record) -> list[Block]:
         )
     headers = ("file", "bytes", "bpw", "perplexity", "mean KLD", "same top", "tokens/s")
     return [Table(headers, tuple(rows)), Paragraph(" ".join([_ratios(record), _what(record), _where(record)]))]
+
+
+def divergence_table(record: Record) -> Table:
+    """A column for each budget: bits, mean KL divergence by method, and grouped beside its peers."""
+    columns = [{row.method: row for row in record.of_budget(budget)} for budget in record.budgets]
+
+    def line(name: str, cell: Callable[[dict[str, Row]], str]) -> tuple[str, ...]:
+        return name, *map(cell, columns)
+
+    def kld(of: dict[str, Row], method: str) -> str:
+        return f"{_measured(of[method]).kld_mean:.4f}" if method in of else ""
+
+    def over_searched(of: dict[str, Row]) -> str:
+        both = [_measured(of[method]).kld_mean for method in ("grouped", "search") if method in of]
+        return f"{both[0] / both[1]:.2f} ×" if len(both) == 2 else ""
+
+    def faster(of: dict[str, Row]) -> str:
+        ratio = of["grouped"].decode.of_preset if "grouped" in of else None
+        return "" if ratio is None else f"{ratio:.2f} ×"
+
+    rows = [
+        line("bytes, at most", lambda of: f"{of['preset'].file_bytes:,}"),
+        line("bits per weight", lambda of: f"{of['preset'].bits_per_weight:.3f}"),
+        *(
+            line(name, functools.partial(kld, method=method))
+            for method, name in METHODS.items()
+            if any(method in of for of in columns)
+        ),
+        line("grouped over searched types", over_searched),
+        line("tokens/s, grouped over llama-quantize", faster),
+    ]
+    return Table(("mean KLD in the bytes of", *record.budgets), tuple(rows))
 
 
 def full_report(record: Record, stem: str) -> list[Block]:

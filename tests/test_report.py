@@ -230,6 +230,18 @@ def test_rows_without_a_search_or_a_quartile(record: Record) -> None:
     assert "searched" not in text and "Not there" not in text and "lm-evaluation" not in text
 
 
+def test_more_budgets_have_a_column_each(record: Record) -> None:
+    more = [row("preset", "Q4_K_M", 600_000, 0.01, 200), row("grouped", "Q4_K_M", 599_999, 0.004, 200)]
+    text = to_markdown(summary(dataclasses.replace(record, rows=(*record.rows, *more))))
+    assert text.splitlines()[:2] == ["| mean KLD in the bytes of | IQ2_XS | IQ3_S | Q4_K_M |", "|---|---:|---:|---:|"]
+    assert "| bytes, at most | 300,000 | 450,000 | 600,000 |" in text
+    assert "| llama-quantize, searched types | 0.0750 | 0.0150 |  |" in text
+    assert "| moe2gguf, grouped | 0.0300 | 0.0060 | 0.0040 |" in text
+    assert "| grouped over searched types | 0.40 × | 0.40 × |  |" in text
+    assert "| tokens/s, grouped over llama-quantize | 0.97 × | 0.97 × | 0.97 × |" in text
+    assert METHODS["uniform"] not in text and "2,040 predictions" in text
+
+
 def test_several_models_are_compared_by_budget(record: Record, tmp_path: Path) -> None:
     without_search = tuple(row for row in record.rows if (row.method, row.budget) != ("search", "IQ3_S"))
     wide = dataclasses.replace(record, data=dataclasses.replace(record.data, model="wide"), rows=without_search)
