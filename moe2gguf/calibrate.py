@@ -21,6 +21,7 @@ from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_s
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.measure import ExpertErrors, Measure
+from moe2gguf.moments import Sums
 from moe2gguf.probes import Probe, Probes
 from moe2gguf.skip import drop_harm
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
@@ -63,6 +64,7 @@ def calibrate(
     importance: dict[str, np.ndarray] = {}
     error_EJ: dict[str, np.ndarray] = {}
     expert_errors: dict[int, ExpertErrors] = {}
+    embedding_moments_2DD: np.ndarray | None = None
 
     with encoding_threads(n_threads) as pool:
         measure = Measure(types, pool)
@@ -114,7 +116,7 @@ def calibrate(
         if sensitivity == "gradient":
             n_graded = min(n_sequences, max(1, GRADED_TOKENS // length))
             graded = torch.linspace(0, n_sequences - 1, n_graded).round().long()
-            expert_errors = graded_errors(
+            expert_errors, embedding_moments_2DD = graded_errors(
                 stream, tokens_SL[graded], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
             )
     errors = {name: MatrixErrors(error_1J, *_columns(found[name])) for name, error_1J in error_EJ.items()}
@@ -136,6 +138,7 @@ def calibrate(
         layers=layers,
         importance=importance,
         errors={name: errors[name] for name in found},
+        embedding_moments_2DD=embedding_moments_2DD,
     )
 
 
@@ -155,9 +158,9 @@ def graded_errors(
     batch_sequences: int,
     scratch_folder: Path,
     progress: Progress,
-) -> dict[int, ExpertErrors]:
+) -> tuple[dict[int, ExpertErrors], np.ndarray]:
     """By layer, errors and what they cost by the gradient of the loss on labels drawn from the model: the mean
-    of its square is the curvature of the KL divergence."""
+    of its square is the curvature of the KL divergence. And its second moments by an embedding, f32 (2, D, D)."""
     labels = torch.Generator().manual_seed(seed)
     captures: dict[int, GradedCapture] = {}
     found: dict[int, ExpertErrors] = {}
@@ -185,11 +188,14 @@ def graded_errors(
             )  # fmt: skip
 
     hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
-    backward(
+    _, gradient_SLD = backward(
         stream, hidden_SLD, loss, prepare=lambda *_: None, finish=finish, batch_sequences=batch_sequences,
         scratch_folder=scratch_folder, listen=listen,
     )  # fmt: skip
-    return found
+    sums = Sums.zeros(gradient_SLD.shape[-1])
+    for gradient_LD in gradient_SLD:
+        sums.add(gradient_LD)
+    return found, torch.stack([sums.fit_KK, sums.held_out_KK]).numpy()
 
 
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:

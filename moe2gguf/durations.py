@@ -20,7 +20,7 @@ from moe2gguf.calibrate import GRADED_TOKENS
 from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
 from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS
-from moe2gguf.encode_matrices import DAMPINGS, SAMPLE_ROWS
+from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import MAX_ERROR_ROWS
@@ -139,7 +139,7 @@ def quantise_seconds(
     source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates
 ) -> float:
     """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
-    codes, for a few rows with each damping too; embeddings by ggml's encoder, for each stream and for the file."""
+    codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the file."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
@@ -148,6 +148,7 @@ def quantise_seconds(
     n_moe_layers, n_fed_back, n_sampled, n_columns = 0, 0, 0.0, []
     # all of the text through each matrix beside the experts; queries, keys and values are given the same
     n_columns_beside = []
+    has_head = any(tensor.name == "output.weight" for tensor in source.tensors)
     for tensor in source.tensors:
         if is_of_experts(tensor):
             _, n_rows, n_own_columns = tensor.shape
@@ -161,6 +162,10 @@ def quantise_seconds(
             n_sampled += min(SAMPLE_ROWS, tensor.shape[0]) * tensor.shape[1]
             n_columns_beside.append(tensor.shape[1])
             flops += 0 if re.search("attn_[kv].weight$", tensor.name) else 2 * n_tokens * tensor.shape[1] ** 2
+        elif tensor.name == "token_embd.weight" and has_head and calibration.sensitivity == "gradient":
+            n_fed_back += prod(tensor.shape)
+            n_sampled += EMBEDDING_SAMPLE_ROWS * tensor.shape[1]
+            n_columns_beside.append(tensor.shape[1])
     # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
     flops += 3.5 * n_tokens * layers
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)

@@ -20,10 +20,18 @@ import torch
 from moe2gguf import backend, feedback, ggml
 from moe2gguf.capture import ExpertCapture, tokens_of
 from moe2gguf.codec import CODECS
-from moe2gguf.encode_matrices import DAMPINGS, HELD_OUT, SAMPLE_ROWS, InputMoments
+from moe2gguf.encode_matrices import (
+    DAMPINGS,
+    EMBEDDING_SAMPLE_ROWS,
+    MAX_COLUMNS,
+    SAMPLE_ROWS,
+    InputMoments,
+    encode,
+)
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
+from moe2gguf.moments import HELD_OUT, Sums
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
 from moe2gguf.stream import LayerStream
@@ -105,15 +113,19 @@ def encode_experts(
     n_threads: int,
     progress: Progress,
     matrices: Matrices = NO_MATRICES,
+    embedding_moments_2DD: np.ndarray | None = None,
 ) -> None:
     """Fills the spool with every expert in `types` and the matrices beside them, layer by layer; what is there only
-    passes the tokens on."""
+    passes the tokens on. Without moments embeddings stay ggml's."""
     layers = {layer for layer, _, _ in types}
     missing = {layer for layer in layers if not spool.has(layer)}
     without = {layer for layer in range(stream.n_layers) if not spool.has_matrices(layer)}
-    head = InputMoments({} if spool.has_matrices(None) else {"lm_head": stream.head}, matrices)
+    head = InputMoments({} if spool.has_matrices("lm_head") else {"lm_head": stream.head}, matrices)
     last = stream.n_layers - 1 if head.modules else max(missing | without, default=-1)
     with ggml.encoding_threads(n_threads) as pool:
+        if embedding_moments_2DD is not None and not spool.has_matrices("embed_tokens"):
+            progress("quantise embeddings", 0, 1)
+            _put_embeddings(spool, stream.embedding_VD, embedding_moments_2DD, matrices, device, pool)
         if last >= 0:
             streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
         for index in range(last + 1):
@@ -147,13 +159,29 @@ def encode_experts(
         if head.modules:
             with head.listening():
                 streams.look_at_head()
-        if not spool.has_matrices(None):
-            _put_matrices(spool, None, head, matrices, device, pool)
+        if not spool.has_matrices("lm_head"):
+            _put_matrices(spool, "lm_head", head, matrices, device, pool)
+
+
+def _put_embeddings(
+    spool: Spool,
+    weight_VD: torch.Tensor,
+    moments_2DD: np.ndarray,
+    matrices: Matrices,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+) -> None:
+    matrix = matrices.get("embed_tokens")
+    if matrix is None or matrix.quant_type not in CODECS or weight_VD.shape[1] > MAX_COLUMNS:
+        return
+    sums = Sums(*map(torch.from_numpy, moments_2DD))
+    blocks_VB, outcome = encode("embed_tokens", weight_VD, matrix, sums, device, pool, n_sample=EMBEDDING_SAMPLE_ROWS)
+    spool.put_matrices("embed_tokens", {"embed_tokens": (weight_VD.numpy(), blocks_VB)}, [outcome])
 
 
 def _put_matrices(
     spool: Spool,
-    layer: int | None,
+    part: int | str,
     given: InputMoments,
     matrices: Matrices,
     device: torch.device,
@@ -161,7 +189,7 @@ def _put_matrices(
 ) -> None:
     blocks, outcomes = given.encode(matrices, device, pool)
     weights = {name: (given.modules[name].weight.numpy(), blocks_NB) for name, blocks_NB in blocks.items()}
-    spool.put_matrices(layer, weights, outcomes)
+    spool.put_matrices(part, weights, outcomes)
 
 
 class _LayerWork:

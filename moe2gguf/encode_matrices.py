@@ -2,12 +2,13 @@
 ggml's where those win.
 
 Second moments are summed while the model's own stream passes; some tokens are kept apart, to choose a damping and to
-decide between the two encoders. Embeddings are looked up, not multiplied: they stay ggml's.
+decide between the two encoders. Embeddings are looked up, not multiplied: an error of one goes as it is into the first
+layer, and what it costs there, to second order, are the second moments of the loss's gradient, in their place.
 
-Shapes: S sequences, L tokens of each, T = S·L tokens, N rows, K columns, R sampled rows, B bytes of an encoded row.
+Shapes: S sequences, L tokens of each, T = S·L tokens, N rows, K columns, R sampled rows, B bytes of an encoded row,
+V vocabulary, D hidden.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,34 +19,17 @@ from torch import nn
 
 from moe2gguf import feedback, ggml
 from moe2gguf.codec import CODECS
+from moe2gguf.moments import Sums
 from moe2gguf.spool import Outcome
 from moe2gguf.streams import Matrices, Matrix
 
 # for experts too; in parts of the mean of the second moments' diagonal, of equals the first is taken
 DAMPINGS = (0.03, 0.01, 0.1)
 SAMPLE_ROWS = 32
-# one in so many runs of tokens is held out
-HELD_OUT = 4
+# rows of embeddings differ more
+EMBEDDING_SAMPLE_ROWS = 256
 # second moments of more columns take gigabytes: such a matrix stays ggml's
 MAX_COLUMNS = 8192
-
-
-@dataclasses.dataclass
-class _Sums:
-    """Of x xᵀ, f32 (K, K)."""
-
-    fit_KK: torch.Tensor
-    held_out_KK: torch.Tensor
-    n_fit: int = 0
-    n_held_out: int = 0
-
-    def add(self, x_TK: torch.Tensor) -> None:
-        run = max(1, len(x_TK) // (2 * HELD_OUT))
-        is_held_out_T = torch.arange(len(x_TK)) // run % HELD_OUT == HELD_OUT - 1
-        fit_nK, held_out_nK = x_TK[~is_held_out_T], x_TK[is_held_out_T]
-        self.fit_KK.addmm_(fit_nK.T, fit_nK)
-        self.held_out_KK.addmm_(held_out_nK.T, held_out_nK)
-        self.n_fit, self.n_held_out = self.n_fit + len(fit_nK), self.n_held_out + len(held_out_nK)
 
 
 class InputMoments:
@@ -61,7 +45,7 @@ class InputMoments:
             and matrices[name].quant_type in CODECS
             and module.weight.shape[1] <= MAX_COLUMNS
         }
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, Sums] = {}
         self._last: tuple[str, torch.Tensor] | None = None
 
     @contextmanager
@@ -84,8 +68,7 @@ class InputMoments:
         self._last = name, x_SLK
         x_TK = x_SLK.reshape(-1, x_SLK.shape[-1])
         if name not in self._sums:
-            shape = (x_TK.shape[1], x_TK.shape[1])
-            self._sums[name] = _Sums(torch.zeros(shape), torch.zeros(shape))
+            self._sums[name] = Sums.zeros(x_TK.shape[1])
         self._sums[name].add(x_TK)
 
     def encode(
@@ -96,16 +79,24 @@ class InputMoments:
         outcomes: list[Outcome] = []
         for name, module in self.modules.items():
             if name in self._sums:
-                blocks[name], outcome = _encode(name, module.weight, matrices[name], self._sums[name], device, pool)
+                blocks[name], outcome = encode(name, module.weight, matrices[name], self._sums[name], device, pool)
                 outcomes.append(outcome)
         return blocks, outcomes
 
 
-def _encode(
-    name: str, weight_NK: torch.Tensor, matrix: Matrix, sums: _Sums, device: torch.device, pool: ThreadPoolExecutor
+def encode(
+    name: str,
+    weight_NK: torch.Tensor,
+    matrix: Matrix,
+    sums: Sums,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    *,
+    n_sample: int = SAMPLE_ROWS,
 ) -> tuple[np.ndarray, Outcome]:
+    """Blocks uint8 (N, B), by ggml or with error feedback, whichever has less error of the rows sampled."""
     quant_type, n_columns = matrix.quant_type, weight_NK.shape[1]
-    rows = torch.linspace(0, len(weight_NK) - 1, min(SAMPLE_ROWS, len(weight_NK))).round().long()
+    rows = torch.linspace(0, len(weight_NK) - 1, min(n_sample, len(weight_NK))).round().long()
     sample_RK = weight_NK[rows]
 
     def error(blocks_RB: np.ndarray) -> float:

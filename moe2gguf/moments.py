@@ -1,14 +1,39 @@
-"""Second moments of each expert's tokens: what an error in its weights costs at its outputs.
+"""Second moments of what weights are multiplied with: what an error in them costs at their outputs.
 
 Shapes: T tokens, S slots (a token at one of its experts), n the slots sorted by expert, E experts, K columns of x,
 M columns of the other side (x itself, or what is given for it).
 """
 
+import dataclasses
 from itertools import pairwise
 
 import torch
 
 CHUNK_SLOTS = 4096
+# one in so many runs of tokens is held out
+HELD_OUT = 4
+
+
+@dataclasses.dataclass
+class Sums:
+    """Of x xᵀ, f32 (K, K): of most tokens, and of some runs of them that are kept apart to decide by."""
+
+    fit_KK: torch.Tensor
+    held_out_KK: torch.Tensor
+    n_fit: int = 0
+    n_held_out: int = 0
+
+    @staticmethod
+    def zeros(n_columns: int) -> "Sums":
+        return Sums(torch.zeros(n_columns, n_columns), torch.zeros(n_columns, n_columns))
+
+    def add(self, x_TK: torch.Tensor) -> None:
+        run = max(1, len(x_TK) // (2 * HELD_OUT))
+        is_held_out_T = torch.arange(len(x_TK)) // run % HELD_OUT == HELD_OUT - 1
+        fit_nK, held_out_nK = x_TK[~is_held_out_T], x_TK[is_held_out_T]
+        self.fit_KK.addmm_(fit_nK.T, fit_nK)
+        self.held_out_KK.addmm_(held_out_nK.T, held_out_nK)
+        self.n_fit, self.n_held_out = self.n_fit + len(fit_nK), self.n_held_out + len(held_out_nK)
 
 
 def moments(

@@ -228,6 +228,8 @@ def _quantised(
         n_threads=n_threads,
         progress=progress,
         matrices=matrices,
+        # where they are the head too they are multiplied with as well
+        embedding_moments_2DD=stats.embedding_moments_2DD if "lm_head" in modules.values() else None,
     )
     outcomes = tuple(spool.outcomes())
     note(describe(outcomes))

@@ -1,7 +1,7 @@
 """What quantisation, which goes layer by layer, leaves for writing, which goes tensor by tensor.
 
-One file per layer in the work folder for its experts and one for its other matrices, one for what comes after the last
-layer; what is there is not quantised again after a crash.
+One file per layer in the work folder for its experts and one for its other matrices, one each for the embeddings and
+the head; what is there is not quantised again after a crash.
 
 Shapes: N rows, K columns, B bytes of an encoded row.
 """
@@ -18,8 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+# whose 64 bits a weight are in memory at a time
+KEYED_ROWS = 4096
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,14 @@ class Tuned:
 
 def row_keys(weight_NK: np.ndarray) -> np.ndarray:
     """u64 (N,): by which a row is known again, as some converters have rows in another order than the checkpoint."""
-    bits_NK = np.ascontiguousarray(weight_NK, np.float32).view(np.uint32)
-    odd_K = np.random.default_rng(0).integers(0, 1 << 63, bits_NK.shape[1], np.uint64) * 2 + 1
-    # 0 has a multiple too
-    return ((bits_NK.astype(np.uint64) + 1) * odd_K).sum(1, dtype=np.uint64)
+    odd_K = np.random.default_rng(0).integers(0, 1 << 63, weight_NK.shape[1], np.uint64) * 2 + 1
+    keys_N = np.empty(len(weight_NK), np.uint64)
+    for first in range(0, len(weight_NK), KEYED_ROWS):
+        own = slice(first, first + KEYED_ROWS)
+        bits_RK = np.ascontiguousarray(weight_NK[own], np.float32).view(np.uint32)
+        # 0 has a multiple too
+        keys_N[own] = ((bits_RK.astype(np.uint64) + 1) * odd_K).sum(1, dtype=np.uint64)
+    return keys_N
 
 
 @dataclass(frozen=True)
@@ -80,26 +86,26 @@ class Spool:
         header = {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])}
         self._save(self.path(layer), {f"{m}/{expert}": block for (m, expert), block in blocks.items()}, header)
 
-    def _part(self, layer: int | None) -> Path:
-        """None: after the last."""
-        return self.folder / f"matrices-{'last' if layer is None else f'{layer:04d}'}.safetensors"
+    def _part(self, part: int | str) -> Path:
+        """Of a layer, or of a module beside the layers."""
+        return self.folder / f"matrices-{f'{part:04d}' if isinstance(part, int) else part}.safetensors"
 
-    def has_matrices(self, layer: int | None) -> bool:
-        return _is_whole(self._part(layer))
+    def has_matrices(self, part: int | str) -> bool:
+        return _is_whole(self._part(part))
 
     def put_matrices(
-        self, layer: int | None, matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], outcomes: list[Outcome]
+        self, part: int | str, matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], outcomes: list[Outcome]
     ) -> None:
-        """All of the layer's: by module weights f32 (N, K), of which only keys are kept, and blocks uint8 (N, B)."""
+        """All of the part: by module weights f32 (N, K), of which only keys are kept, and blocks uint8 (N, B)."""
         arrays = {f"blocks/{name}": blocks_NB for name, (_, blocks_NB) in matrices.items()}
         arrays |= {f"keys/{name}": row_keys(weight_NK) for name, (weight_NK, _) in matrices.items()}
-        self._save(self._part(layer), arrays, {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])})
+        self._save(self._part(part), arrays, {"outcomes": json.dumps([vars(outcome) for outcome in outcomes])})
 
     def matrix(self, module: str, weight_NK: np.ndarray) -> np.ndarray | None:
         """uint8 (N, B), rows as in f32 weight_NK; None where the module, or a row, is not there."""
-        layer = int(module.split(".")[1]) if module.startswith("layers.") else None
+        part = int(module.split(".")[1]) if module.startswith("layers.") else module
         try:
-            with safe_open(self._part(layer), framework="np") as file:
+            with safe_open(self._part(part), framework="np") as file:
                 if f"keys/{module}" not in file.keys():  # noqa: SIM118 (no iterator)
                     return None
                 place = {key: row for row, key in enumerate(file.get_tensor(f"keys/{module}").tolist())}

@@ -20,7 +20,7 @@ from moe2gguf.ggml import QuantType
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 # of the file, and of what it says: raised when the same text gives other statistics
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
 
 
@@ -82,6 +82,9 @@ class CalibrationStats:
     layers: dict[int, ExpertStats]
     importance: dict[str, np.ndarray]  # "layers.N.path" | "lm_head" -> f32 (columns,)
     errors: dict[str, MatrixErrors]  # the same names, "embed_tokens", and "layers.N.gate_up" | "layers.N.down"
+    # f32 (2, D, D): second moments of the loss's gradient by an embedding, of most tokens and of those held out, where
+    # gradients were asked for
+    embedding_moments_2DD: np.ndarray | None = None
 
 
 def save_stats(stats: CalibrationStats, path: Path) -> None:
@@ -93,6 +96,8 @@ def save_stats(stats: CalibrationStats, path: Path) -> None:
                 arrays[f"experts/{index}/{name}"] = value
     for name, importance_K in stats.importance.items():
         arrays[f"importance/{name}"] = importance_K
+    if stats.embedding_moments_2DD is not None:
+        arrays["embedding_moments"] = stats.embedding_moments_2DD
     probe_types = {}
     for name, errors in stats.errors.items():
         arrays[f"error/{name}"], arrays[f"probe/{name}"] = errors.error_EJ, errors.probe_kl
@@ -147,6 +152,7 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
         layers={index: _expert_stats(layer) for index, layer in sorted(fields.items())},
         importance=importance,
         errors=errors,
+        embedding_moments_2DD=arrays.get("embedding_moments"),
         **{k: header[k] for k in _HEADER_FIELDS},
     )
 

@@ -23,8 +23,13 @@ def source(tiny) -> Source:
     return open_source(tiny("qwen3_moe"))
 
 
-def quantising(source: Source, quantizer: Quantizer = Quantizer(), **rates: float) -> float:  # noqa: B008 (frozen)
-    return quantise_seconds(source, CALIBRATION, LENGTH, quantizer, dataclasses.replace(NOTHING, **rates))
+def quantising(
+    source: Source,
+    quantizer: Quantizer = Quantizer(),  # noqa: B008 (frozen)
+    calibration: Calibration = CALIBRATION,
+    **rates: float,
+) -> float:
+    return quantise_seconds(source, calibration, LENGTH, quantizer, dataclasses.replace(NOTHING, **rates))
 
 
 def calibrating(source: Source, calibration: Calibration = CALIBRATION, *, pruned: bool = False, **rates: float):
@@ -67,6 +72,14 @@ def test_codes_and_factors(source: Source) -> None:
     assert quantising(source, factor_seconds=1.0) == pytest.approx(
         4 * (2 * 6 * 2 * 256**3 + sum(t.shape[1] ** 3 for t in beside)) / FACTORED_COLUMNS**3
     )
+    # with gradients, embeddings too: 320 of 256 columns
+    graded = dataclasses.replace(CALIBRATION, sensitivity="gradient")
+    assert quantising(source, calibration=graded, fed_back_weights=1.0) - quantising(
+        source, fed_back_weights=1.0
+    ) == pytest.approx(320 * 256 + 3 * 256 * 256)
+    assert quantising(source, calibration=graded, factor_seconds=1.0) - quantising(
+        source, factor_seconds=1.0
+    ) == pytest.approx(4 * (256 / FACTORED_COLUMNS) ** 3)
 
 
 def test_products_of_quantising(source: Source) -> None:

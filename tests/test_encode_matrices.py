@@ -108,14 +108,15 @@ def test_ggmls_bytes_stay_where_feedback_is_worse(pool: ThreadPoolExecutor, monk
     np.testing.assert_array_equal(blocks["m"], expected)
 
 
-def test_rows_are_found_in_another_order(tmp_path: Path) -> None:
+def test_rows_are_found_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool, rng = Spool(tmp_path), np.random.default_rng(0)
+    monkeypatch.setattr("moe2gguf.spool.KEYED_ROWS", 2)
     weight_NK = rng.standard_normal((5, 8), np.float32)
     weight_NK[3] = 0
     blocks_NB = np.arange(10, dtype=np.uint8).reshape(5, 2)
     assert not spool.has_matrices(1)
     spool.put_matrices(1, {"layers.1.q": (weight_NK, blocks_NB)}, [])
-    spool.put_matrices(None, {"lm_head": (weight_NK, blocks_NB)}, [])
+    spool.put_matrices("lm_head", {"lm_head": (weight_NK, blocks_NB)}, [])
     assert spool.has_matrices(1) and not spool.has_matrices(0)
     order = [4, 0, 3, 1, 2]
     for name in ("layers.1.q", "lm_head"):
@@ -142,16 +143,16 @@ def test_the_file_has_them(
     folder = tiny(model_type)
     done = pipeline.convert(folder, tmp_path / "a.gguf", bits=4.5, calibration=small_calibration, n_threads=2)
     source, header = open_source(folder), read_gguf(done.path)
-    beside = [
-        t
-        for t in source.tensors
-        if t.quantisable and "_exps" not in t.name and len(t.shape) == 2 and "token" not in t.name
-    ]
+    beside = [t for t in source.tensors if t.quantisable and "_exps" not in t.name and len(t.shape) == 2]
     stored = {tensor.name: tensor for tensor in header.tensors}
     fed_back = [t for t in beside if stored[t.name].type in stage.CODECS]
     assert len(fed_back) > len(beside) / 2
     assert not {t.name for t in fed_back} & set(by_ggml)
-    assert {o.matrix for o in done.outcomes if o.expert is None} >= {"layers.0.self_attn.q_proj", "lm_head"}
+    assert {o.matrix for o in done.outcomes if o.expert is None} >= {
+        "layers.0.self_attn.q_proj",
+        "lm_head",
+        "embed_tokens",
+    }
     for tensor in fed_back:
         of_file = stored[tensor.name]
         exact, found = tensor.load(), ggml.decode(of_file.blocks(), of_file.type, tensor.shape[1])
@@ -168,12 +169,15 @@ def test_streams_carry_the_files_matrices(tiny: Callable[..., Path], tmp_path: P
         name: Matrix(matrix.quant_type, np.ones(_columns(stream, name), np.float32))
         for name, matrix in matrices.items()
     }
+    matrices["embed_tokens"] = Matrix(QuantType.IQ3_XXS, None)
+    gradient_TD = correlated(512, 256, 0)
+    moments_2DD = torch.stack([part_TD.T @ part_TD for part_TD in gradient_TD.split(384)]).numpy()
     types = {(layer, m, e): QuantType.Q4_K for layer in (0, 1) for m in ("gate", "up", "down") for e in range(6)}
 
     def encode(into: Spool) -> None:
         encode_experts(
             stream, tokens_SL, types, into, affinity="gate", device=CPU, n_threads=2, progress=lambda *_: None,
-            matrices=matrices,
+            matrices=matrices, embedding_moments_2DD=moments_2DD,
         )  # fmt: skip
 
     encode(spool)
@@ -181,7 +185,18 @@ def test_streams_carry_the_files_matrices(tiny: Callable[..., Path], tmp_path: P
     encode(spool)  # nothing is left to do
     assert written == {path: path.stat().st_mtime_ns for path in spool.folder.iterdir()}
     with ThreadPoolExecutor(2) as pool:
+        exact_VD = stream.embedding_VD.clone()
+        blocks_VB = spool.matrix("embed_tokens", exact_VD.numpy())
+        assert blocks_VB is not None
+        found_VD = torch.from_numpy(ggml.decode(blocks_VB, QuantType.IQ3_XXS, 256))
+        plain_VD = torch.from_numpy(ggml.round_trip(exact_VD.numpy(), QuantType.IQ3_XXS, None))
         streams = Streams(stream, tokens_SL, matrices, spool, pool, lambda *_: None)
+        np.testing.assert_array_equal(streams.found_SLD.numpy(), found_VD[tokens_SL].numpy())
+        torch.testing.assert_close(stream.embedding_VD, exact_VD, rtol=0, atol=0)
+        # an embedding's error by what gradients that were not seen make of it
+        unseen_TD = correlated(512, 256, 2)
+        miss, plain = ((unseen_TD @ (w_VD - exact_VD).T).square().sum() for w_VD in (found_VD, plain_VD))
+        assert miss < 0.6 * plain
         with streams.layer(1) as (layer, _):
             exact_NK = layer.self_attn.q_proj.weight.clone()
             streams.quantise_matrices()
@@ -192,11 +207,12 @@ def test_streams_carry_the_files_matrices(tiny: Callable[..., Path], tmp_path: P
     # what a killed run has not written is made again, with the same bytes
     broken = Spool(tmp_path / "broken")
     encode(broken)
-    part = broken.folder / "matrices-0001.safetensors"
-    before = part.read_bytes()
-    part.unlink()
-    encode(broken)
-    assert part.read_bytes() == before
+    for part in ("0001", "embed_tokens"):
+        path = broken.folder / f"matrices-{part}.safetensors"
+        before = path.read_bytes()
+        path.unlink()
+        encode(broken)
+        assert path.read_bytes() == before
 
 
 def _columns(stream: LayerStream, name: str) -> int:
