@@ -8,6 +8,7 @@ Shapes: S sequences, L tokens of each, T = S·L tokens, D hidden, I intermediate
 J candidate types, n tokens of one expert or of a sample.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -64,7 +65,7 @@ def calibrate(
     importance: dict[str, np.ndarray] = {}
     error_EJ: dict[str, np.ndarray] = {}
     expert_errors: dict[int, ExpertErrors] = {}
-    embedding_moments_2DD: np.ndarray | None = None
+    graded: Graded | None = None
 
     with encoding_threads(n_threads) as pool:
         measure = Measure(types, pool)
@@ -114,13 +115,13 @@ def calibrate(
         error_EJ["lm_head"] = measure.matrix(head, rng)
         found = probes.finish(head, lambda done, total: progress("probes: KL divergence", done, total))
         if sensitivity == "gradient":
-            n_graded = min(n_sequences, max(1, GRADED_TOKENS // length))
-            graded = torch.linspace(0, n_sequences - 1, n_graded).round().long()
-            expert_errors, embedding_moments_2DD = graded_errors(
-                stream, tokens_SL[graded], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
+            n_chosen = min(n_sequences, max(1, GRADED_TOKENS // length))
+            chosen = torch.linspace(0, n_sequences - 1, n_chosen).round().long()
+            graded = graded_errors(
+                stream, tokens_SL[chosen], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
             )
     errors = {name: MatrixErrors(error_1J, *_columns(found[name])) for name, error_1J in error_EJ.items()}
-    for index, of in expert_errors.items():
+    for index, of in (expert_errors if graded is None else graded.errors).items():
         gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
         errors[gate_up] = MatrixErrors(of.gate_up_EJ, *_columns(found[gate_up]), of.gate_share_EJ, of.graded_gate_up_EJ)
         errors[down] = MatrixErrors(of.down_EJ, *_columns(found[down]), None, of.graded_down_EJ)
@@ -138,12 +139,23 @@ def calibrate(
         layers=layers,
         importance=importance,
         errors={name: errors[name] for name in found},
-        embedding_moments_2DD=embedding_moments_2DD,
+        embedding_moments_2DD=None if graded is None else graded.embedding_moments_2DD,
+        output_moments={} if graded is None else graded.output_moments,
     )
 
 
 def _columns(probes: tuple[Probe, ...]) -> tuple[tuple[QuantType, ...], np.ndarray]:
     return tuple(probe.quant_type for probe in probes), np.array([probe.kl for probe in probes], np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """By layer, errors and what they cost by the loss's gradient, and its second moments: by the experts' output, f16
+    (D, D), over the mean of the diagonal; by an embedding, f32 (2, D, D), of most tokens and of those held out."""
+
+    errors: dict[int, ExpertErrors]
+    output_moments: dict[int, np.ndarray]
+    embedding_moments_2DD: np.ndarray
 
 
 @torch.inference_mode(False)
@@ -158,12 +170,13 @@ def graded_errors(
     batch_sequences: int,
     scratch_folder: Path,
     progress: Progress,
-) -> tuple[dict[int, ExpertErrors], np.ndarray]:
-    """By layer, errors and what they cost by the gradient of the loss on labels drawn from the model: the mean
-    of its square is the curvature of the KL divergence. And its second moments by an embedding, f32 (2, D, D)."""
+) -> Graded:
+    """By the gradient of the loss on labels drawn from the model: the mean of its square is the curvature of the KL
+    divergence."""
     labels = torch.Generator().manual_seed(seed)
     captures: dict[int, GradedCapture] = {}
     found: dict[int, ExpertErrors] = {}
+    output_moments: dict[int, np.ndarray] = {}
 
     def loss(logits_lV: torch.Tensor, _sequence: int, _tokens: slice) -> torch.Tensor:
         label_l1 = torch.multinomial(logits_lV.detach().softmax(-1), 1, generator=labels)
@@ -181,10 +194,13 @@ def graded_errors(
             return
         capture = captures.pop(index)
         with torch.no_grad():
+            gradient_TD = capture.gradient_TD()
+            moments_DD = gradient_TD.T @ gradient_TD
+            output_moments[index] = (moments_DD / moments_DD.diagonal().mean().clamp_min(1e-30)).half().numpy()
             found[index] = measure.experts(
                 block, capture, layers[index], rng,
                 lambda done, total: progress(f"layer {index + 1}/{stream.n_layers}: errors by gradient", done, total),
-                capture.gradient_TD(),
+                gradient_TD,
             )  # fmt: skip
 
     hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
@@ -195,7 +211,7 @@ def graded_errors(
     sums = Sums.zeros(gradient_SLD.shape[-1])
     for gradient_LD in gradient_SLD:
         sums.add(gradient_LD)
-    return found, torch.stack([sums.fit_KK, sums.held_out_KK]).numpy()
+    return Graded(found, output_moments, torch.stack([sums.fit_KK, sums.held_out_KK]).numpy())
 
 
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:

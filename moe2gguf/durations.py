@@ -19,7 +19,7 @@ from moe2gguf import ggml
 from moe2gguf.calibrate import GRADED_TOKENS
 from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
-from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS
+from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS
 from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
@@ -139,7 +139,8 @@ def quantise_seconds(
     source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates
 ) -> float:
     """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
-    codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the file."""
+    codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the file. With
+    gradients their second moments too, by the experts' outputs."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
@@ -148,6 +149,7 @@ def quantise_seconds(
     n_moe_layers, n_fed_back, n_sampled, n_columns = 0, 0, 0.0, []
     # all of the text through each matrix beside the experts; queries, keys and values are given the same
     n_columns_beside = []
+    n_outputs: list[int] = []
     has_head = any(tensor.name == "output.weight" for tensor in source.tensors)
     for tensor in source.tensors:
         if is_of_experts(tensor):
@@ -156,7 +158,12 @@ def quantise_seconds(
             n_sampled += prod(tensor.shape) * min(SAMPLE_ROWS, n_rows) / n_rows
             if not tensor.name.endswith("ffn_gate_exps.weight"):  # it shares up's inputs
                 n_columns.append(n_own_columns)
-            n_moe_layers += "ffn_down" in tensor.name
+            if "ffn_down" in tensor.name:
+                n_moe_layers += 1
+                if calibration.sensitivity == "gradient":  # of gate, up, and all that down projections give
+                    n_outputs += [n_own_columns] * 2 * source.n_expert + [n_rows]
+                    flops += 2 * prod(tensor.shape) * (n_rows + n_own_columns + 2 * MAX_SLOPE_TOKENS)
+                    flops += 4 * source.n_expert * MAX_SLOPE_TOKENS * n_own_columns**2
         elif tensor.quantisable and len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
             n_fed_back += prod(tensor.shape)
             n_sampled += min(SAMPLE_ROWS, tensor.shape[0]) * tensor.shape[1]
@@ -173,7 +180,7 @@ def quantise_seconds(
         n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3
         for n_matrices, own in ((source.n_expert, n_columns), (1, n_columns_beside))
         for n in own
-    )
+    ) + sum(rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3 for n in n_outputs)
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]

@@ -3,7 +3,8 @@
 One pass over the checkpoint, one layer in memory, a few experts at a time: the second moments of their inputs, a choice
 of damping on tokens that the moments have not seen, the codes. Two streams run along, the model's own and one whose
 experts are quantised: a matrix is fitted to what it will be given, so that it undoes what it can of the errors before
-it (asymmetric calibration, GPTAQ, arXiv:2504.02692), the down projection those of its own gate and up.
+it (asymmetric calibration, GPTAQ, arXiv:2504.02692), the down projection those of its own gate and up. Where the
+loss's gradients are known, rows make up for each other too.
 
 Shapes: T tokens, K selected experts per token or columns of a matrix, D hidden, I intermediate, N rows, R sampled rows,
 E experts, n tokens of one expert, B bytes of an encoded row.
@@ -13,6 +14,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,8 +41,9 @@ from moe2gguf.streams import NO_MATRICES, Matrices, Progress, Streams, Types, pu
 
 MAX_HELD_OUT_TOKENS = 1024
 LAYER_SAMPLE_TOKENS = 512
-# what an expert's second moments are taken of at most
+# what an expert's second moments are taken of at most, and its activation's slopes
 MAX_EXPERT_TOKENS = 16384
+MAX_SLOPE_TOKENS = 2048
 # of a chunk of experts, several of either live at a time: f64 matrices, and what one matrix of each is given in f32
 CHUNK_BYTES = 1 << 27
 CHUNK_INPUT_BYTES = 1 << 26
@@ -114,9 +117,11 @@ def encode_experts(
     progress: Progress,
     matrices: Matrices = NO_MATRICES,
     embedding_moments_2DD: np.ndarray | None = None,
+    output_moments: Mapping[int, np.ndarray] = MappingProxyType({}),
 ) -> None:
     """Fills the spool with every expert in `types` and the matrices beside them, layer by layer; what is there only
-    passes the tokens on. Without moments embeddings stay ggml's."""
+    passes the tokens on. Moments are those of the loss's gradient (CalibrationStats): without, embeddings stay ggml's
+    and an expert's rows do not make up for each other."""
     layers = {layer for layer, _, _ in types}
     missing = {layer for layer in layers if not spool.has(layer)}
     without = {layer for layer in range(stream.n_layers) if not spool.has_matrices(layer)}
@@ -145,12 +150,13 @@ def encode_experts(
                     if index in missing:
                         with found.listening():
                             streams.look(block)
+                        gradient = output_moments.get(index)
                         # no name for it: it must be gone before the next layer's activations come
                         spool.put(
                             index,
-                            *_LayerWork(block, exact, found, tokens_SL.shape[1], affinity, device, pool).encode(
-                                own, lambda done, total: streams.say("quantise", done, total)
-                            ),
+                            *_LayerWork(
+                                block, exact, found, tokens_SL.shape[1], affinity, device, pool, gradient
+                            ).encode(own, lambda done, total: streams.say("quantise", done, total)),
                         )
                     del exact, found
                     put_back(block, own, spool, index)
@@ -174,7 +180,8 @@ def _put_embeddings(
     matrix = matrices.get("embed_tokens")
     if matrix is None or matrix.quant_type not in CODECS or weight_VD.shape[1] > MAX_COLUMNS:
         return
-    sums = Sums(*map(torch.from_numpy, moments_2DD))
+    fit_DD, held_out_DD = torch.from_numpy(moments_2DD)
+    sums = Sums(fit_DD, held_out_DD)
     blocks_VB, outcome = encode("embed_tokens", weight_VD, matrix, sums, device, pool, n_sample=EMBEDDING_SAMPLE_ROWS)
     spool.put_matrices("embed_tokens", {"embed_tokens": (weight_VD.numpy(), blocks_VB)}, [outcome])
 
@@ -202,8 +209,13 @@ class _LayerWork:
         affinity: str,
         device: torch.device,
         pool: ThreadPoolExecutor,
+        output_moments_DD: np.ndarray | None = None,
     ):
         self._block, self._affinity, self._device, self._pool = block, affinity, device, pool
+        self._output_DD: torch.Tensor | None = None
+        if output_moments_DD is not None:
+            self._output_DD = torch.from_numpy(output_moments_DD).float()
+            self._down_factor_DD = feedback.row_factor(self._output_DD[None].to(device))[0]
         self._exact_TD, _, _ = exact.routed()
         self._found_TD, self._ids_TK, self._gates_TK = found.routed()
         n_tokens = len(self._found_TD)
@@ -227,7 +239,7 @@ class _LayerWork:
             gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
             found = self._matrices(
                 {("gate", e): gate_up[e][0] for e in experts} | {("up", e): gate_up[e][1] for e in experts},
-                wanted, dict(zip(experts, inputs, strict=True)), outcomes,
+                wanted, dict(zip(experts, inputs, strict=True)), self._gate_up_factors(experts, inputs), outcomes,
             )  # fmt: skip
             inputs = [
                 self._down_inputs(e, given, found["gate", e][1], found["up", e][1])
@@ -237,6 +249,7 @@ class _LayerWork:
                 {("down", e): self._block.down(e) for e in experts},
                 {("down", e): types["down", e] for e in experts},
                 dict(zip(experts, inputs, strict=True)),
+                {} if self._output_DD is None else {("down", e): self._down_factor_DD for e in experts},
                 outcomes,
             )
             blocks |= {key: block for key, (block, _) in found.items()}
@@ -291,14 +304,30 @@ class _LayerWork:
         )
         return Inputs(exact_nI, found_nI, given.weight_n, given.held_out_n)
 
+    def _gate_up_factors(self, experts: range, inputs: Sequence[Inputs]) -> dict[tuple[str, int], torch.Tensor]:
+        if self._output_DD is None:
+            return {}
+        factors = {}
+        for expert, given in zip(experts, inputs, strict=True):
+            n = len(given.weight_n)
+            kept_n = torch.linspace(0, n - 1, min(n, MAX_SLOPE_TOKENS)).round().long()
+            moments = gate_up_moments(
+                self._block, expert, given.exact_nK[kept_n], given.weight_n[kept_n], self._output_DD
+            )
+            for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
+                factors[matrix, expert] = feedback.row_factor(moments_II[None].to(self._device))[0]
+        return factors
+
     def _matrices(
         self,
         weights: Mapping[tuple[str, int], torch.Tensor],
         types: Mapping[tuple[str, int], QuantType],
         inputs: Mapping[int, Inputs],
+        row_factors: Mapping[tuple[str, int], torch.Tensor],
         outcomes: list[Outcome],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
-        """-> by matrix and expert, blocks uint8 (N, B) and what they decode to."""
+        """-> by matrix and expert, blocks uint8 (N, B) and what they decode to. Feedback is chosen, and damped, by a
+        sample of rows, which does without that between them."""
         experts = list(inputs)
         fit, whole = moments(list(inputs.values()), self._device)
         rows = {
@@ -317,14 +346,14 @@ class _LayerWork:
         for damping in DAMPINGS:
             tried = self._feedback(
                 {key: sample[key] for key in weights if key in with_codec}, types, experts, fit,
-                dict.fromkeys(weights, damping),
+                dict.fromkeys(weights, damping), {},
             )  # fmt: skip
             for key, (_, decoded) in tried.items():
                 error = inputs[key[1]].error(sample[key], decoded)
                 if error < best_error[key]:
                     best_error[key], best_damping[key] = error, damping
         chosen = {key: damping for key, damping in best_damping.items() if damping is not None}
-        found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen)
+        found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen, row_factors)
         found |= self._ggml({key: weight for key, weight in weights.items() if key not in chosen}, types, importance)
         outcomes += [
             Outcome(key[0], key[1], types[key].name, best_damping[key], best_error[key] / max(ggml_error[key], 1e-30))
@@ -355,6 +384,7 @@ class _LayerWork:
         experts: list[int],
         moments: Moments,
         dampings: Mapping[tuple[str, int], float],
+        row_factors: Mapping[tuple[str, int], torch.Tensor],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """All matrices of one type, shape and damping go in one batch."""
         batches: dict[tuple[QuantType, torch.Size, float], list[tuple[str, int]]] = {}
@@ -373,11 +403,30 @@ class _LayerWork:
             places = [experts.index(key[1]) for key in keys]
             hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
             weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, curvature.factor_EKK)
-            blocks_ENB = feedback.quantize(weight_ENK, quant_type, curvature, self._pool).cpu().numpy()
-            for key, blocks_NB in zip(keys, blocks_ENB, strict=True):
+            if row_factors:
+                factor_ENN = torch.stack([row_factors[key] for key in keys])
+                blocks_ENB = feedback.quantize_by_rows(weight_ENK, quant_type, curvature, factor_ENN, self._pool)
+            else:
+                blocks_ENB = feedback.quantize(weight_ENK, quant_type, curvature, self._pool)
+            for key, blocks_NB in zip(keys, blocks_ENB.cpu().numpy(), strict=True):
                 decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])
                 found[key] = blocks_NB, torch.from_numpy(decoded)
         return found
+
+
+def gate_up_moments(
+    block: ExpertBlock, expert: int, x_nD: torch.Tensor, weight_n: torch.Tensor, output_DD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments of the loss's gradient by what gate and up give, f32 (I, I) each: through down, and times the
+    activation's slope, as if the gradient and the tokens were independent."""
+    weight_n = weight_n / weight_n.sum().clamp_min(1e-20)
+    down_DI = block.down(expert)
+    through_II = down_DI.T @ output_DD @ down_DI
+    gate_nI, up_nI = block.slopes(*block.pre_activation(expert, x_nD))
+    return (
+        through_II * (gate_nI.T @ (weight_n[:, None] * gate_nI)),
+        through_II * (up_nI.T @ (weight_n[:, None] * up_nI)),
+    )
 
 
 def _fitted(

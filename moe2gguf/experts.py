@@ -86,6 +86,15 @@ class ExpertBlock:
             return self.module._apply_gate(torch.cat([gate_nI, up_nI], dim=-1))
         return self.module._apply_gate(torch.stack([gate_nI, up_nI], dim=-1).flatten(-2))
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def slopes(self, gate_nI: torch.Tensor, up_nI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the activation, by each."""
+        # no tensors of inference mode, which know no gradient
+        gate_nI, up_nI = (x.clone().requires_grad_() for x in (gate_nI, up_nI))
+        gate, up = torch.autograd.grad(self.gated(gate_nI, up_nI).sum(), (gate_nI, up_nI))
+        return gate, up
+
     def output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
         """f32 (n, I) -> f32 (n, D), before the gate weight."""
         out = hidden_nI @ self.down(expert).T

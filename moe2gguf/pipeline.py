@@ -230,6 +230,7 @@ def _quantised(
         matrices=matrices,
         # where they are the head too they are multiplied with as well
         embedding_moments_2DD=stats.embedding_moments_2DD if "lm_head" in modules.values() else None,
+        output_moments=stats.output_moments,
     )
     outcomes = tuple(spool.outcomes())
     note(describe(outcomes))

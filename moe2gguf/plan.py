@@ -121,10 +121,15 @@ def make_plan(
     inputs = source.n_expert_used / source.n_expert * calibration.n_sequences * length * widest * F32_BYTES
     n_chunk = max(1, min(source.n_expert, CHUNK_BYTES // (8 * widest**2), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
+    # of gradients, in 16 bits
+    moments_bytes = 0
+    if calibration.sensitivity == "gradient":
+        moments_bytes = 2 * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
     # the stream, what the experts are given of it, and that once more while it is put together or squared
     calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
     if calibration.sensitivity == "gradient":
         calibration_bytes = max(calibration_bytes, outer_bytes + layer_bytes + hidden + _graph_bytes(source, length))
+        calibration_bytes += moments_bytes
     sampled_bytes, writer_bytes = (
         (0, 0) if calibration.text_paths else (sampling_bytes(source, calibration), WRITER_BYTES)
     )
@@ -140,14 +145,16 @@ def make_plan(
         quantise_ram_bytes=int(
             BASE_BYTES
             + COMPILER_BYTES
+            + moments_bytes
             + max(
                 2 * largest_tensor,
                 outer_bytes + LOADING * layer_bytes + 2 * hidden,
                 # second moments of what each of its matrices is given, and one of them in f64 with its factor
                 outer_bytes + layer_bytes + 3 * hidden + _beside_bytes(source),
                 # two streams and what the experts are given in each; then what each matrix of a chunk is given in
-                # both, copied while its moments are taken, and those, in f32 and f64, and their factors
-                outer_bytes + layer_bytes + 4 * hidden + n_chunk * (10 * inputs + 8 * 8 * widest**2),
+                # both, copied while its moments are taken, and those, in f32 and f64, and their factors, of its
+                # outputs' gradients too
+                outer_bytes + layer_bytes + 4 * hidden + n_chunk * (10 * inputs + 10 * 8 * widest**2),
             )
         ),
         # before: what of the probes is too much for memory; after: experts until the file is written

@@ -82,9 +82,11 @@ class CalibrationStats:
     layers: dict[int, ExpertStats]
     importance: dict[str, np.ndarray]  # "layers.N.path" | "lm_head" -> f32 (columns,)
     errors: dict[str, MatrixErrors]  # the same names, "embed_tokens", and "layers.N.gate_up" | "layers.N.down"
-    # f32 (2, D, D): second moments of the loss's gradient by an embedding, of most tokens and of those held out, where
-    # gradients were asked for
+    # where gradients were asked for, second moments of the loss's gradient: by an embedding, f32 (2, D, D), of most
+    # tokens and of those held out
     embedding_moments_2DD: np.ndarray | None = None
+    # and by what a layer's experts give together, f16 (D, D), over the mean of the diagonal
+    output_moments: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def save_stats(stats: CalibrationStats, path: Path) -> None:
@@ -98,6 +100,7 @@ def save_stats(stats: CalibrationStats, path: Path) -> None:
         arrays[f"importance/{name}"] = importance_K
     if stats.embedding_moments_2DD is not None:
         arrays["embedding_moments"] = stats.embedding_moments_2DD
+    arrays |= {f"output_moments/{index}": moments_DD for index, moments_DD in stats.output_moments.items()}
     probe_types = {}
     for name, errors in stats.errors.items():
         arrays[f"error/{name}"], arrays[f"probe/{name}"] = errors.error_EJ, errors.probe_kl
@@ -134,7 +137,7 @@ def load_stats(path: Path) -> CalibrationStats:
 
 def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> CalibrationStats:
     fields: dict[int, dict[str, np.ndarray]] = {}
-    importance, errors = {}, {}
+    importance, errors, output_moments = {}, {}, {}
     for key, array in arrays.items():
         kind, _, name = key.partition("/")
         if kind == "experts":
@@ -142,6 +145,8 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
             fields.setdefault(int(index), {})[field] = array
         elif kind == "importance":
             importance[name] = array
+        elif kind == "output_moments":
+            output_moments[int(name)] = array
         elif kind == "error":
             probe_types = tuple(QuantType[t] for t in header["probe_types"][name])
             optional = (arrays.get(f"{kind}/{name}") for kind in ("gate_share", "graded"))
@@ -153,6 +158,7 @@ def _from_file(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Calibra
         importance=importance,
         errors=errors,
         embedding_moments_2DD=arrays.get("embedding_moments"),
+        output_moments=output_moments,
         **{k: header[k] for k in _HEADER_FIELDS},
     )
 

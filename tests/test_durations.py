@@ -79,7 +79,11 @@ def test_codes_and_factors(source: Source) -> None:
     ) == pytest.approx(320 * 256 + 3 * 256 * 256)
     assert quantising(source, calibration=graded, factor_seconds=1.0) - quantising(
         source, factor_seconds=1.0
-    ) == pytest.approx(4 * (256 / FACTORED_COLUMNS) ** 3)
+    ) == pytest.approx((4 + 2 * (2 * 6 + 1)) * (256 / FACTORED_COLUMNS) ** 3)  # and each expert's outputs, once
+    through_down = 2 * 6 * (2 * 256**2 * (256 + 256 + 2 * 2048) + 4 * 2048 * 256**2)
+    assert quantising(source, calibration=graded, matmul_flops=1.0) - quantising(
+        source, matmul_flops=1.0
+    ) == pytest.approx(through_down)
 
 
 def test_products_of_quantising(source: Source) -> None:

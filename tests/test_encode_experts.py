@@ -26,7 +26,9 @@ def every_expert(quant_type: QuantType, layers: tuple[int, ...] = (0, 1)) -> dic
     return {(layer, m, e): quant_type for layer in layers for m in ("gate", "up", "down") for e in range(N_EXPERTS)}
 
 
-def encode(folder: Path, types: dict, spool: Spool, affinity: str = "gate") -> None:
+def encode(
+    folder: Path, types: dict, spool: Spool, affinity: str = "gate", output_moments: dict[int, np.ndarray] | None = None
+) -> None:
     encode_experts(
         LayerStream(folder),
         TOKENS_SL,
@@ -36,6 +38,7 @@ def encode(folder: Path, types: dict, spool: Spool, affinity: str = "gate") -> N
         device=torch.device("cpu"),
         n_threads=2,
         progress=lambda *_: None,
+        output_moments=output_moments or {},
     )
 
 
@@ -45,9 +48,9 @@ class Layer:
     capture: LayerCapture
     pool: ThreadPoolExecutor
 
-    def work(self, affinity: str = "gate") -> stage._LayerWork:
+    def work(self, affinity: str = "gate", output_moments_DD: np.ndarray | None = None) -> stage._LayerWork:
         return stage._LayerWork(
-            self.block, self.capture, self.capture, LENGTH, affinity, torch.device("cpu"), self.pool
+            self.block, self.capture, self.capture, LENGTH, affinity, torch.device("cpu"), self.pool, output_moments_DD
         )
 
 
@@ -290,3 +293,67 @@ def test_tokens_beyond_the_most_are_from_all_of_the_text(
         n_own = len(whole.exact_nK) - n_sample
         assert n_own > 40 and len(few.exact_nK) == 40 + n_sample == len(few.weight_n)
         assert torch.equal(few.exact_nK[[0, 39]], whole.exact_nK[[0, n_own - 1]])
+
+
+# --- rows that make up for each other ---
+
+
+def gradients(n: int, n_outputs: int, seed: int) -> torch.Tensor:
+    """With a spectrum that falls."""
+    rng = torch.Generator().manual_seed(seed)
+    basis_DD = torch.linalg.qr(torch.randn(n_outputs, n_outputs, generator=torch.Generator().manual_seed(9)))[0]
+    return torch.randn(n, n_outputs, generator=rng) * torch.arange(1, n_outputs + 1) ** -0.5 @ basis_DD
+
+
+@torch.inference_mode()
+def test_gradients_by_gate_and_up(layer: Layer) -> None:
+    """Drawn and taken back through the expert by autograd, tokens weighed: within what the draws leave."""
+    block, expert = layer.block, 3
+    x_nD = layer.capture.routed()[0][:64].clone()
+    weight_n = torch.linspace(0.1, 1, 64)
+    output_nD = gradients(20_000, x_nD.shape[1], 0)
+    output_DD = output_nD.T @ output_nD / len(output_nD)
+    found = stage.gate_up_moments(block, expert, x_nD, weight_n, output_DD)
+    with torch.inference_mode(False), torch.enable_grad():
+        given = [x.clone().requires_grad_() for x in block.pre_activation(expert, x_nD)]
+        down_DI = block.down(expert).clone()
+        expected = [torch.zeros_like(f).clone() for f in found]
+        for draws_nD in output_nD.clone().split(64)[:300]:
+            loss = (block.gated(*given) @ down_DI.T * draws_nD).sum()
+            for total_II, slope_nI in zip(expected, torch.autograd.grad(loss, given), strict=True):
+                total_II += slope_nI.T @ (weight_n[:, None] * slope_nI) / weight_n.sum() / 300
+    for found_II, expected_II in zip(found, expected, strict=True):
+        assert (found_II - expected_II).norm() < 0.15 * expected_II.norm()
+
+
+@torch.inference_mode()
+def test_what_the_loss_minds_falls(layer: Layer) -> None:
+    """tr(G D H Dᵀ) of the experts' down projections, with the rows' feedback over without."""
+    output_nD = gradients(4096, layer.capture.routed()[0].shape[1], 0)
+    output_DD = output_nD.T @ output_nD / len(output_nD)
+    types = {(matrix, e): QuantType.IQ2_XS for matrix in ("gate", "up", "down") for e in range(N_EXPERTS)}
+    costs = {}
+    for by_rows in (False, True):
+        work = layer.work(output_moments_DD=output_DD.half().numpy() if by_rows else None)
+        blocks, outcomes = work.encode(types, lambda *_: None)
+        assert all(outcome.damping is not None for outcome in outcomes)
+        inputs = [work._gate_up_inputs(e) for e in range(N_EXPERTS)]
+        costs[by_rows] = 0.0
+        for e, given in enumerate(inputs):
+            down_DI = layer.block.down(e)
+            miss_DI = torch.from_numpy(ggml.decode(blocks["down", e], QuantType.IQ2_XS, down_DI.shape[1])) - down_DI
+            x_nI = layer.block.activation(e, given.exact_nK)
+            hessian_II = x_nI.T @ (given.weight_n[:, None] * x_nI)
+            costs[by_rows] += float((output_DD @ miss_DI @ hessian_II * miss_DI).sum())
+    assert costs[True] < 0.85 * costs[False]
+
+
+def test_gradients_change_the_experts_of_their_layer(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder, types = tiny("qwen3_moe"), every_expert(QuantType.IQ2_XXS)
+    output_nD = gradients(512, 256, 0)
+    plain, by_rows = Spool(tmp_path / "plain"), Spool(tmp_path / "rows")
+    encode(folder, types, plain)
+    encode(folder, types, by_rows, output_moments={1: (output_nD.T @ output_nD).half().numpy()})
+    for layer, same in ((0, True), (1, False)):
+        for matrix in ("gate", "up", "down"):
+            assert np.array_equal(plain.get(layer, matrix, 2), by_rows.get(layer, matrix, 2)) == same

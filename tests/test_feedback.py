@@ -10,7 +10,7 @@ import torch
 
 from moe2gguf import ggml
 from moe2gguf.codec import CODECS, Codec, Fields
-from moe2gguf.feedback import Curvature, curvature, quantize
+from moe2gguf.feedback import ROW_DAMPING, Curvature, curvature, quantize, quantize_by_rows, row_factor
 from moe2gguf.ggml import QuantType
 
 DAMPING = 0.01
@@ -249,6 +249,41 @@ def test_experts_are_quantised_each_with_its_own_hessian(pool: ThreadPoolExecuto
         one = slice(e, e + 1)
         alone = quantize(weight_ENK[one], QuantType.IQ2_S, costs.of(one), pool)
         assert (together[e] == alone[0]).float().mean() > 0.98  # batched products sum in another order
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.IQ2_XS, QuantType.Q3_K], ids=lambda t: t.name)
+def test_rows_make_up_for_each_other(quant_type: QuantType, pool: ThreadPoolExecutor) -> None:
+    """Against the plain way: what is left to do for the rows after a block is solved for in f64, block by block. Of 40
+    rows, 13 blocks of 3 and one of 1."""
+    weight_NK, hessian_KK = weights(40, 256), correlated(256, 0.5)
+    moments_NN = correlated(40, 1.0, 3)
+    costs = curvature(torch.from_numpy(hessian_KK).float()[None], DAMPING)
+    factor_ENN = row_factor(torch.from_numpy(moments_NN).float()[None])
+    weight_ENK = torch.from_numpy(weight_NK)[None]
+    found_NB = quantize_by_rows(weight_ENK, quant_type, costs, factor_ENN, pool)[0].numpy()
+
+    damped_NN = moments_NN + ROW_DAMPING * moments_NN.diagonal().mean() * np.eye(40)
+    target_NK, blocks = weight_NK.copy(), []
+    for start in range(0, 40, 3):
+        own, done, rest = slice(start, start + 3), slice(0, start + 3), slice(start + 3, 40)
+        blocks.append(quantize(torch.from_numpy(target_NK[own])[None], quant_type, costs, pool)[0].numpy())
+        decoded_NK = ggml.decode(np.concatenate(blocks), quant_type, 256).astype(np.float64)
+        error_NK = decoded_NK - weight_NK[done]
+        target_NK[rest] = weight_NK[rest] - np.linalg.solve(damped_NN[rest, rest], damped_NN[rest, done] @ error_NK)
+    expected_NB = np.concatenate(blocks)
+    # a rounding's difference in one row changes what is asked of those after it
+    assert (found_NB[:9] == expected_NB[:9]).mean() > 0.98
+    plain_NB = quantize(weight_ENK, quant_type, costs, pool)[0].numpy()
+
+    def cost(blocks_NB: np.ndarray) -> float:
+        miss_NK = ggml.decode(blocks_NB, quant_type, 256).astype(np.float64) - weight_NK
+        return float((moments_NN @ miss_NK @ hessian_KK * miss_NK).sum())
+
+    assert cost(found_NB) == pytest.approx(cost(expected_NB), rel=0.05)
+    assert cost(found_NB) < 0.8 * cost(plain_NB)
+    # without anything in common there is nothing to make up for
+    alone = row_factor(torch.eye(40)[None])
+    assert np.array_equal(quantize_by_rows(weight_ENK, quant_type, costs, alone, pool)[0].numpy(), plain_NB)
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)

@@ -197,11 +197,11 @@ def test_small_errors_cost_what_the_gradient_says(
     graded = np.zeros((2, captured.block.n_experts))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for seed in range(n_draws):
-            by_layer, _ = graded_errors(
+            graded_by_layer = graded_errors(
                 LayerStream(folder), tokens_SL, {0: captured.stats, 1: captured.stats},
                 Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
             )  # fmt: skip
-            found = by_layer[1]
+            found = graded_by_layer.errors[1]
             assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
             graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / n_draws
     model = load_whole(folder).requires_grad_(False).double()
@@ -235,11 +235,11 @@ def test_errors_of_embeddings_cost_what_the_gradient_says(tiny: Callable[..., Pa
     moments_DD = 0.0
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for seed in range(n_draws):
-            _, moments_2DD = graded_errors(
+            found = graded_errors(
                 LayerStream(folder), tokens_SL, {0: captured.stats, 1: captured.stats},
                 Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
             )  # fmt: skip
-            moments_DD = moments_DD + moments_2DD.sum(0) / tokens_SL.numel() / n_draws
+            moments_DD = moments_DD + found.embedding_moments_2DD.sum(0) / tokens_SL.numel() / n_draws
     model = load_whole(folder).requires_grad_(False).double()
     clean_SLV = model(tokens_SL).logits.log_softmax(-1)
     weight_VD = model.get_input_embeddings().weight
