@@ -185,8 +185,8 @@ def divergence_table(record: Record) -> Table:
     def kld(of: dict[str, Row], method: str) -> str:
         return f"{_measured(of[method]).kld_mean:.4f}" if method in of else ""
 
-    def over_searched(of: dict[str, Row]) -> str:
-        both = [_measured(of[method]).kld_mean for method in ("grouped", "search") if method in of]
+    def over_searched(of: dict[str, Row], method: str) -> str:
+        both = [_measured(of[m]).kld_mean for m in (method, "search") if m in of]
         return f"{both[0] / both[1]:.2f} ×" if len(both) == 2 else ""
 
     def faster(of: dict[str, Row]) -> str:
@@ -201,7 +201,10 @@ def divergence_table(record: Record) -> Table:
             for method, name in METHODS.items()
             if any(method in of for of in columns)
         ),
-        line("grouped over searched types", over_searched),
+        *(
+            line(f"{method} over searched types", functools.partial(over_searched, method=method))
+            for method in ("stock", "grouped")
+        ),
         line("tokens/s, grouped over llama-quantize", faster),
     ]
     return Table(("mean KLD in the bytes of", *record.budgets), tuple(rows))

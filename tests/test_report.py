@@ -237,6 +237,7 @@ def test_more_budgets_have_a_column_each(record: Record) -> None:
     assert "| bytes, at most | 300,000 | 450,000 | 600,000 |" in text
     assert "| llama-quantize, searched types | 0.0750 | 0.0150 |  |" in text
     assert "| moe2gguf, grouped | 0.0300 | 0.0060 | 0.0040 |" in text
+    assert "| stock over searched types | 0.53 × | 0.53 × |  |" in text
     assert "| grouped over searched types | 0.40 × | 0.40 × |  |" in text
     assert "| tokens/s, grouped over llama-quantize | 0.97 × | 0.97 × | 0.97 × |" in text
     assert METHODS["uniform"] not in text and "2,040 predictions" in text
