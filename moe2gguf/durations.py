@@ -51,7 +51,7 @@ class Rates:
 
     matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
     encoded_weights: float  # per second, by ggml
-    fed_back_weights: float  # per second, with error feedback, second moments factored
+    fed_back_weights: float  # per second and thread, with error feedback, second moments factored
     factor_seconds: float  # of second moments, damped, of FACTORED_COLUMNS
     draw_seconds: float  # of one logit
 
@@ -89,7 +89,7 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
     return Rates(
         matmul_flops=n_times * flops / _seconds(run_expert),
         encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
-        fed_back_weights=n_threads * fed_back_ENK.numel() / one_thread,
+        fed_back_weights=fed_back_ENK.numel() / one_thread,
         factor_seconds=_seconds(lambda: curvature(ones_EKK, 0.1)),
         draw_seconds=_seconds(lambda: draw(logits_PV, random)) / logits_PV.size,
     )
@@ -115,7 +115,9 @@ def calibration_seconds(
         + len(EXPERT_PROBE_TYPES) * source.n_params
     )
     if calibration.sensitivity == "gradient":  # forward, forward again for what is kept, and back
-        flops += 4 * min(n_tokens, GRADED_TOKENS) * (_layers_flops(source, length) + _head_flops(source))
+        n_graded = min(n_tokens, GRADED_TOKENS)
+        flops += 4 * n_graded * (_layers_flops(source, length) + _head_flops(source))
+        flops += 2 * n_graded * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
     written = 0.0 if calibration.text_paths else _writing_seconds(source, calibration, length, rates)
     return written + flops / rates.matmul_flops + n_encoded / rates.encoded_weights
 
@@ -136,11 +138,12 @@ def _writing_seconds(source: Source, calibration: Calibration, length: int, rate
 
 
 def quantise_seconds(
-    source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates
+    source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates, n_threads: int
 ) -> float:
     """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
     codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the file. With
-    gradients their second moments too, by the experts' outputs."""
+    gradients their second moments too, by the experts' outputs; blocks of rows then wait for each other, which keeps no
+    more than a thread or two busy."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
@@ -164,6 +167,8 @@ def quantise_seconds(
                     n_outputs += [n_own_columns] * 2 * source.n_expert + [n_rows]
                     flops += 2 * prod(tensor.shape) * (n_rows + n_own_columns + 2 * MAX_SLOPE_TOKENS)
                     flops += 4 * source.n_expert * MAX_SLOPE_TOKENS * n_own_columns**2
+            if calibration.sensitivity == "gradient":  # errors of rows to those after them
+                flops += prod(tensor.shape) * n_rows
         elif tensor.quantisable and len(tensor.shape) == 2 and tensor.name != "token_embd.weight":
             n_fed_back += prod(tensor.shape)
             n_sampled += min(SAMPLE_ROWS, tensor.shape[0]) * tensor.shape[1]
@@ -181,6 +186,8 @@ def quantise_seconds(
         for n_matrices, own in ((source.n_expert, n_columns), (1, n_columns_beside))
         for n in own
     ) + sum(rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3 for n in n_outputs)
+    if calibration.sensitivity == "gradient":
+        n_threads = min(n_threads, 2)
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]
@@ -197,7 +204,7 @@ def quantise_seconds(
     return (
         seconds
         + flops / rates.matmul_flops
-        + (n_fed_back + len(DAMPINGS) * n_sampled) / rates.fed_back_weights
+        + (n_fed_back + len(DAMPINGS) * n_sampled) / (rates.fed_back_weights * n_threads)
         + (n_sampled + (2 if quantizer.router == "none" else 3) * n_others) / rates.encoded_weights
     )
 

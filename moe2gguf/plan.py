@@ -159,6 +159,7 @@ def make_plan(
         ),
         # before: what of the probes is too much for memory; after: experts until the file is written
         disk_bytes=allocation.tensor_bytes
+        + moments_bytes
         + max(sum(role.n_bytes for role in roles if role.role == "expert"), branches_bytes - BRANCHES_BYTES)
         + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
         # the pruned checkpoint, in 16 bits
@@ -166,7 +167,9 @@ def make_plan(
         calibration_seconds=0.0
         if stats is not None
         else calibration_seconds(source, table, calibration, length, rates, pruned=bool(prune_share)),
-        quantise_seconds=quantise_seconds(source, calibration, length, quantizer, rates),
+        quantise_seconds=quantise_seconds(
+            source, calibration, length, quantizer, rates, n_threads or available_cores()
+        ),
         cold_experts=(
             None if stats is None else sum(int((layer.n_tokens_E < 32).sum()) for layer in stats.layers.values())
         ),

@@ -27,9 +27,10 @@ def quantising(
     source: Source,
     quantizer: Quantizer = Quantizer(),  # noqa: B008 (frozen)
     calibration: Calibration = CALIBRATION,
+    n_threads: int = 1,
     **rates: float,
 ) -> float:
-    return quantise_seconds(source, calibration, LENGTH, quantizer, dataclasses.replace(NOTHING, **rates))
+    return quantise_seconds(source, calibration, LENGTH, quantizer, dataclasses.replace(NOTHING, **rates), n_threads)
 
 
 def calibrating(source: Source, calibration: Calibration = CALIBRATION, *, pruned: bool = False, **rates: float):
@@ -80,10 +81,14 @@ def test_codes_and_factors(source: Source) -> None:
     assert quantising(source, calibration=graded, factor_seconds=1.0) - quantising(
         source, factor_seconds=1.0
     ) == pytest.approx((4 + 2 * (2 * 6 + 1)) * (256 / FACTORED_COLUMNS) ** 3)  # and each expert's outputs, once
-    through_down = 2 * 6 * (2 * 256**2 * (256 + 256 + 2 * 2048) + 4 * 2048 * 256**2)
+    # and products: through down, the activation's slopes, and errors of rows to others in three matrices
+    through_down = 2 * 6 * (2 * 256**2 * (256 + 256 + 2 * 2048) + 4 * 2048 * 256**2 + 3 * 256**3)
     assert quantising(source, calibration=graded, matmul_flops=1.0) - quantising(
         source, matmul_flops=1.0
     ) == pytest.approx(through_down)
+    for calibration, n_busy in ((CALIBRATION, 8), (graded, 2)):
+        one, eight = (quantising(source, calibration=calibration, n_threads=n, fed_back_weights=1.0) for n in (1, 8))
+        assert eight == pytest.approx(one / n_busy)
 
 
 def test_products_of_quantising(source: Source) -> None:
@@ -113,7 +118,10 @@ def test_products_of_calibrating(source: Source) -> None:
     assert plain == pytest.approx(one_pass(source) + branches)
     graded = dataclasses.replace(CALIBRATION, sensitivity="gradient")
     head = 2 * N_TOKENS * 320 * 256
-    assert calibrating(source, graded, matmul_flops=1.0) - plain == pytest.approx(4 * (one_pass(source) + head))
+    moments = 2 * 2 * N_TOKENS * 256**2  # of two layers
+    assert calibrating(source, graded, matmul_flops=1.0) - plain == pytest.approx(
+        4 * (one_pass(source) + head) + moments
+    )
 
 
 def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
