@@ -153,7 +153,8 @@ calibration_options = _together(
         type=click.Choice(["gradient", "probe"]),
         default="gradient",
         show_default=True,
-        help="How a layer's experts compare: by their output errors weighed by the loss's gradient, or by these alone.",
+        help="How a layer's experts compare: by their output errors weighed by the loss's gradient, or by these alone. "
+        "Gradients also let an expert's rows make up for each other's errors.",
     ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
     click.option(

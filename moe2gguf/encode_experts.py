@@ -214,8 +214,8 @@ class _LayerWork:
         self._block, self._affinity, self._device, self._pool = block, affinity, device, pool
         self._output_DD: torch.Tensor | None = None
         if output_moments_DD is not None:
-            self._output_DD = torch.from_numpy(output_moments_DD).float()
-            self._down_factor_DD = feedback.row_factor(self._output_DD[None].to(device))[0]
+            self._output_DD = torch.from_numpy(output_moments_DD).float().to(device)
+            self._down_factor_DD = feedback.row_factor(self._output_DD[None])[0]
         self._exact_TD, _, _ = exact.routed()
         self._found_TD, self._ids_TK, self._gates_TK = found.routed()
         n_tokens = len(self._found_TD)
@@ -315,7 +315,7 @@ class _LayerWork:
                 self._block, expert, given.exact_nK[kept_n], given.weight_n[kept_n], self._output_DD
             )
             for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
-                factors[matrix, expert] = feedback.row_factor(moments_II[None].to(self._device))[0]
+                factors[matrix, expert] = feedback.row_factor(moments_II[None])[0]
         return factors
 
     def _matrices(
@@ -417,16 +417,14 @@ class _LayerWork:
 def gate_up_moments(
     block: ExpertBlock, expert: int, x_nD: torch.Tensor, weight_n: torch.Tensor, output_DD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments of the loss's gradient by what gate and up give, f32 (I, I) each: through down, and times the
-    activation's slope, as if the gradient and the tokens were independent."""
-    weight_n = weight_n / weight_n.sum().clamp_min(1e-20)
-    down_DI = block.down(expert)
+    """Second moments of the loss's gradient by what gate and up give, f32 (I, I) each, on output_DD's device: through
+    down, and times the activation's slope, as if the gradient and the tokens were independent."""
+    share_n1 = (weight_n / weight_n.sum().clamp_min(1e-20))[:, None].to(output_DD.device)
+    down_DI = block.down(expert).to(output_DD.device)
     through_II = down_DI.T @ output_DD @ down_DI
-    gate_nI, up_nI = block.slopes(*block.pre_activation(expert, x_nD))
-    return (
-        through_II * (gate_nI.T @ (weight_n[:, None] * gate_nI)),
-        through_II * (up_nI.T @ (weight_n[:, None] * up_nI)),
-    )
+    slopes = (slope_nI.to(output_DD.device) for slope_nI in block.slopes(*block.pre_activation(expert, x_nD)))
+    gate_nI, up_nI = slopes
+    return through_II * (gate_nI.T @ (share_n1 * gate_nI)), through_II * (up_nI.T @ (share_n1 * up_nI))
 
 
 def _fitted(

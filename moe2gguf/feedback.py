@@ -129,12 +129,22 @@ def quantize_by_rows(
     for start in range(0, n_rows, step := -(-n_rows // ROW_BLOCKS)):
         own, after = slice(start, start + step), slice(start + step, n_rows)
         blocks_ERB = quantize(left_ENK[:, own], quant_type, curvature, pool, rows_per_job=ROW_BLOCK_LANES)
-        decoded = ggml.decode(blocks_ERB.flatten(0, 1).cpu().numpy(), quant_type, weight_ENK.shape[2])
-        error_ERK = left_ENK[:, own] - torch.from_numpy(decoded).to(left_ENK.device).view_as(left_ENK[:, own])
+        error_ERK = left_ENK[:, own] - _decoded(blocks_ERB, quant_type)
         whitened_ERK = torch.linalg.solve_triangular(factor_ENN[:, own, own].mT, error_ERK, upper=False)
         left_ENK[:, after] -= factor_ENN[:, own, after].mT @ whitened_ERK
         parts.append(blocks_ERB)
     return torch.cat(parts, 1)
+
+
+def _decoded(blocks_ENB: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """f32 (E, N, K)"""
+    codec, shape = CODECS[quant_type], blocks_ENB.shape[:2]
+    n_columns = blocks_ENB.shape[2] // codec.block_bytes * codec.block_weights
+    if blocks_ENB.is_cpu:
+        found = torch.from_numpy(ggml.decode(blocks_ENB.flatten(0, 1).numpy(), quant_type, n_columns))
+    else:
+        found = backend.decode(codec, blocks_ENB.reshape(-1, codec.block_bytes))
+    return found.view(*shape, n_columns)
 
 
 def quantize(

@@ -21,7 +21,9 @@ class Calibration:
     n_sequences: int = 128
     sequence_tokens: int = 512
     n_probe_tokens: int = 4096
-    sensitivity: str = "gradient"  # how experts of a layer compare: "probe", by their errors | these weighed by it
+    # how experts of a layer compare: "probe", by their errors | "gradient", by these weighed by the loss's, which also
+    # lets an expert's rows, and embeddings, be quantised under its second moments
+    sensitivity: str = "gradient"
     seed: int = 0
 
 

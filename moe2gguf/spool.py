@@ -21,18 +21,18 @@ from safetensors.numpy import save_file
 # whose 64 bits a weight are in memory at a time
 KEYED_ROWS = 4096
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What held-out activations decided for one matrix."""
+    """What held-out activations, for embeddings held-out gradients, decided for one matrix."""
 
     matrix: str  # "gate" | "up" | "down" of an expert, or a module: "layers.0.self_attn.q_proj", "lm_head"
     expert: int | None
     quant_type: str
     damping: float | None  # of the feedback; None: ggml's bytes had less error
-    error: float  # held-out output error on sampled rows, over that of ggml's bytes
+    error: float  # held-out output error on sampled rows, each for itself, over that of ggml's bytes
 
 
 @dataclass(frozen=True)

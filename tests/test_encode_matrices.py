@@ -17,6 +17,7 @@ from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.source import open_source
 from moe2gguf.spool import Spool
+from moe2gguf.stats import load_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrix, Streams
 
@@ -157,6 +158,41 @@ def test_the_file_has_them(
         of_file = stored[tensor.name]
         exact, found = tensor.load(), ggml.decode(of_file.blocks(), of_file.type, tensor.shape[1])
         assert np.square(found - exact).sum() < 0.5 * np.square(exact).sum(), tensor.name
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_gradients_say_reaches_quantisation(
+    tiny: Callable[..., Path],
+    small_calibration: pipeline.Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+) -> None:
+    """Embeddings that are the head too are multiplied with, which those moments know nothing of."""
+    given = {}
+
+    def stop(*_arguments: object, **options: object) -> None:
+        given.update(options)
+        raise _Stop
+
+    monkeypatch.setattr(pipeline, "encode_experts", stop)
+    with pytest.raises(_Stop):
+        pipeline.convert(
+            tiny("qwen3_moe", tie_word_embeddings=tied), tmp_path / "a.gguf", bits=4.5,
+            calibration=small_calibration, n_threads=2,
+        )  # fmt: skip
+    stats = load_stats(next(tmp_path.glob("*.moe2gguf")) / "stats.safetensors")
+    assert set(given["output_moments"]) == {0, 1}
+    for layer, moments_DD in given["output_moments"].items():
+        np.testing.assert_array_equal(moments_DD, stats.output_moments[layer])
+    if tied:
+        assert given["embedding_moments_2DD"] is None
+    else:
+        np.testing.assert_array_equal(given["embedding_moments_2DD"], stats.embedding_moments_2DD)
 
 
 @torch.inference_mode()

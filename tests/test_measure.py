@@ -194,7 +194,7 @@ def test_small_errors_cost_what_the_gradient_says(
     monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
     folder = tiny("qwen3_moe", **SMALL)
     captured, tokens_SL, n_draws = Captured(folder), torch.from_numpy(TOKENS_SL), 16
-    graded = np.zeros((2, captured.block.n_experts))
+    graded, output_DD = np.zeros((2, captured.block.n_experts)), 0.0
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for seed in range(n_draws):
             graded_by_layer = graded_errors(
@@ -202,12 +202,16 @@ def test_small_errors_cost_what_the_gradient_says(
                 Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
             )  # fmt: skip
             found = graded_by_layer.errors[1]
+            output_DD = output_DD + graded_by_layer.output_moments[1].astype(np.float64) / n_draws
             assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
             graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / n_draws
     model = load_whole(folder).requires_grad_(False).double()
     block = find_experts(model.model.layers[1])
     assert block is not None
     clean_SLV = model(tokens_SL).logits.log_softmax(-1)
+    # of the loss's gradient by what the last layer's experts give together, for every label as often as it is drawn
+    expected_DD = _output_moments(model, block, tokens_SL)
+    assert np.linalg.norm(output_DD - expected_DD) < 0.2 * np.linalg.norm(expected_DD)
     ratios = []
     for p, (get, put, importance_EK) in enumerate(
         (
@@ -226,6 +230,26 @@ def test_small_errors_cost_what_the_gradient_says(
     # drawn labels and the independence of rows: each expert within a half, all together within a tenth
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)
     np.testing.assert_allclose(ratios, 1, rtol=0.5)
+
+
+def _output_moments(model: torch.nn.Module, block: ExpertBlock, tokens_SL: torch.Tensor) -> np.ndarray:
+    """Σ over positions and labels, f64 (D, D), over the mean of the diagonal. A label's loss also reaches positions
+    before its own; from the last layer's experts it does not."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        outputs.append(output.detach().requires_grad_())
+        return outputs[-1]
+
+    handle = block.module.register_forward_hook(keep)
+    log_TV = model(tokens_SL).logits.log_softmax(-1).flatten(0, 1)
+    handle.remove()
+    total_DD = 0.0
+    for label in range(log_TV.shape[1]):
+        (gradient,) = torch.autograd.grad(log_TV[:, label].sum(), outputs, retain_graph=True)
+        gradient_TD = gradient.flatten(0, -2)
+        total_DD = total_DD + (gradient_TD.T @ (log_TV[:, label].detach().exp()[:, None] * gradient_TD)).numpy()
+    return total_DD / total_DD.diagonal().mean()
 
 
 def test_errors_of_embeddings_cost_what_the_gradient_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -275,6 +299,11 @@ def test_graded_by_calibration_and_read_back(tiny: Callable[..., Path], tmp_path
         assert ((found > 0.2) & (found < 3)).all(), (name, found)
     assert stats.embedding_moments_2DD is not None and back.embedding_moments_2DD is not None
     assert np.array_equal(back.embedding_moments_2DD, stats.embedding_moments_2DD)
+    assert set(back.output_moments) == {1, 2}
+    for index, moments_DD in back.output_moments.items():
+        assert np.array_equal(moments_DD, stats.output_moments[index]) and np.array_equal(moments_DD, moments_DD.T)
+        assert moments_DD.diagonal().astype(np.float32).mean() == pytest.approx(1, rel=1e-3)
+    assert not np.array_equal(back.output_moments[1], back.output_moments[2])
 
 
 # --- probes ---
