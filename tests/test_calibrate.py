@@ -20,7 +20,7 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
 from moe2gguf.pipeline import Calibration, calibrated, no_progress
 from moe2gguf.source import open_source
-from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, load_stats, save_stats
+from moe2gguf.stats import FORMAT_VERSION, SHRINKAGE_TOKENS, CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 from tests.tiny_moe import load_whole
@@ -254,7 +254,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Moe2ggufError, match="absent"):
         load_stats(tmp_path / "absent.safetensors")
     save_file({"weight": np.zeros(3, np.float32)}, path, {"moe2gguf": json.dumps({"format": 99})})
-    with pytest.raises(Moe2ggufError, match="has format 99, this version reads 4; calibrate again"):
+    with pytest.raises(Moe2ggufError, match=f"has format 99, this version reads {FORMAT_VERSION}; calibrate again"):
         load_stats(path)
 
 

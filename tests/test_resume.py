@@ -106,14 +106,20 @@ def test_killed_again_and_again(needs_runtime: None, tiny, tmp_path: Path) -> No
 
     folder = tmp_path / "stages"
     folder.mkdir()
-    for moment in MOMENTS:
-        assert killed(start_in(folder), lambda _, moment=moment: any(folder.glob(moment))), moment
-        assert not [*folder.glob("*.gguf")], moment
-    killed(start_in(folder), lambda _: False)
+    n_from_text = n_from_statistics = 0
+    for moment in (*MOMENTS, None):
+        if moment is not None and any(folder.glob(moment)):
+            continue  # on a busy machine the one before got there before it was killed
+        has_statistics = (folder / "work" / "stats.safetensors").exists()
+        n_from_statistics += has_statistics
+        n_from_text += not has_statistics and (folder / "work" / "text.safetensors").exists()
+        was_killed = killed(start_in(folder), lambda _, moment=moment: moment is not None and any(folder.glob(moment)))
+        assert was_killed == (moment is not None), moment
+        assert bool([*folder.glob("*.gguf")]) == (moment is None), moment
     assert results(folder) == wanted
     notes = (folder / "notes").read_text()
-    # one run began anew after the text was there, and four had the statistics
-    assert notes.count("using the text in") == 1 and notes.count("using the statistics in") == 5
+    assert 1 <= n_from_statistics == notes.count("using the statistics in")
+    assert n_from_text == notes.count("using the text in")
     assert not [*folder.glob("work/experts-*"), *folder.glob(".*")]
 
     folder, rng = tmp_path / "random", random.Random(0)
