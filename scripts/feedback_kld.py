@@ -101,6 +101,7 @@ def main() -> None:
                 device=torch.device("cpu"),
                 n_threads=n_threads,
                 progress=lambda *_: None,
+                output_moments=stats.output_moments,
             )
             kept = Counter(outcome.damping is not None for outcome in spool.outcomes())
             found = evaluated(plan, spool)
