@@ -17,7 +17,7 @@ from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
 
 # of what the layers are given in memory; the rest goes to disk
-INPUTS_BYTES = 1 << 30
+INPUTS_BYTES = 1 << 28
 LOGITS_CHUNK_TOKENS = 256
 
 # a layer's number and the layer, which has been loaded just before

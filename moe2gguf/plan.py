@@ -14,7 +14,8 @@ from rich.table import Table
 
 from moe2gguf import ggml
 from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
-from moe2gguf.calibrate import BATCH_TOKENS
+from moe2gguf.backward import INPUTS_BYTES, LOGITS_CHUNK_TOKENS
+from moe2gguf.calibrate import BATCH_TOKENS, GRADED_TOKENS
 from moe2gguf.costs import CostTable, cost_table
 from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
 from moe2gguf.ebss import BEAMS, n_groups_at_once
@@ -50,6 +51,8 @@ COMPILER_BYTES = GIB // 6
 WRITER_BYTES = GIB // 6
 # of a logit that is drawn from: in f32 twice, its probability in f64, and the sum of those before it
 LOGIT_BYTES = 24
+# logits, their softmax for drawing labels and for the loss, and gradients
+LOSS_COPIES = 6
 # a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
 LOADING = 1.65
 
@@ -128,7 +131,14 @@ def make_plan(
     # the stream, what the experts are given of it, and that once more while it is put together or squared
     calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
     if calibration.sensitivity == "gradient":
-        calibration_bytes = max(calibration_bytes, outer_bytes + layer_bytes + hidden + _graph_bytes(source, length))
+        graded = min(GRADED_TOKENS, calibration.n_sequences * length) / (calibration.n_sequences * length) * hidden
+        # what layers are given; gradients on their way, and of the layer at hand, whose experts' inputs they go with
+        graded_bytes = min(source.n_layer * graded, INPUTS_BYTES) + 4 * graded
+        logits_bytes = LOSS_COPIES * LOGITS_CHUNK_TOKENS * source.tensor("token_embd.weight").shape[0] * F32_BYTES
+        calibration_bytes = max(
+            calibration_bytes,
+            outer_bytes + layer_bytes + hidden + _graph_bytes(source, length) + graded_bytes + logits_bytes,
+        )
         calibration_bytes += moments_bytes
     sampled_bytes, writer_bytes = (
         (0, 0) if calibration.text_paths else (sampling_bytes(source, calibration), WRITER_BYTES)
