@@ -120,8 +120,9 @@ def calibrate(
             graded = graded_errors(
                 stream, tokens_SL[chosen], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
             )
+            expert_errors = graded.errors
     errors = {name: MatrixErrors(error_1J, *_columns(found[name])) for name, error_1J in error_EJ.items()}
-    for index, of in (expert_errors if graded is None else graded.errors).items():
+    for index, of in expert_errors.items():
         gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
         errors[gate_up] = MatrixErrors(of.gate_up_EJ, *_columns(found[gate_up]), of.gate_share_EJ, of.graded_gate_up_EJ)
         errors[down] = MatrixErrors(of.down_EJ, *_columns(found[down]), None, of.graded_down_EJ)

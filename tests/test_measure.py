@@ -1,6 +1,6 @@
 """Measured errors against what the block really puts out, probes against whole models with one projection quantised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import gettempdir
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe2gguf import ggml
-from moe2gguf.calibrate import calibrate, expert_statistics, graded_errors
+from moe2gguf.calibrate import Graded, calibrate, expert_statistics, graded_errors
 from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
@@ -185,6 +185,18 @@ def test_embedding_errors_count_as_often_as_tokens_occur() -> None:
 
 # --- the gradient ---
 
+N_DRAWS = 16
+
+
+def _draws(folder: Path, captured: Captured, scratch_folder: Path) -> Iterator[Graded]:
+    """Of labels."""
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        for seed in range(N_DRAWS):
+            yield graded_errors(
+                LayerStream(folder), torch.from_numpy(TOKENS_SL), {0: captured.stats, 1: captured.stats},
+                Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, scratch_folder, no_progress,
+            )  # fmt: skip
+
 
 def test_small_errors_cost_what_the_gradient_says(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,18 +205,13 @@ def test_small_errors_cost_what_the_gradient_says(
     no router after it can choose otherwise."""
     monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
     folder = tiny("qwen3_moe", **SMALL)
-    captured, tokens_SL, n_draws = Captured(folder), torch.from_numpy(TOKENS_SL), 16
+    captured, tokens_SL = Captured(folder), torch.from_numpy(TOKENS_SL)
     graded, output_DD = np.zeros((2, captured.block.n_experts)), 0.0
-    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        for seed in range(n_draws):
-            graded_by_layer = graded_errors(
-                LayerStream(folder), tokens_SL, {0: captured.stats, 1: captured.stats},
-                Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
-            )  # fmt: skip
-            found = graded_by_layer.errors[1]
-            output_DD = output_DD + graded_by_layer.output_moments[1].astype(np.float64) / n_draws
-            assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
-            graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / n_draws
+    for draw in _draws(folder, captured, tmp_path):
+        found = draw.errors[1]
+        output_DD = output_DD + draw.output_moments[1].astype(np.float64) / N_DRAWS
+        assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
+        graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / N_DRAWS
     model = load_whole(folder).requires_grad_(False).double()
     block = find_experts(model.model.layers[1])
     assert block is not None
@@ -255,15 +262,9 @@ def _output_moments(model: torch.nn.Module, block: ExpertBlock, tokens_SL: torch
 def test_errors_of_embeddings_cost_what_the_gradient_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """All experts selected: no router can choose otherwise."""
     folder = tiny("qwen3_moe", **SMALL, num_experts_per_tok=6)
-    captured, tokens_SL, n_draws = Captured(folder), torch.from_numpy(TOKENS_SL), 16
-    moments_DD = 0.0
-    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        for seed in range(n_draws):
-            found = graded_errors(
-                LayerStream(folder), tokens_SL, {0: captured.stats, 1: captured.stats},
-                Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, tmp_path, no_progress,
-            )  # fmt: skip
-            moments_DD = moments_DD + found.embedding_moments_2DD.sum(0) / tokens_SL.numel() / n_draws
+    captured, tokens_SL = Captured(folder), torch.from_numpy(TOKENS_SL)
+    draws = _draws(folder, captured, tmp_path)
+    moments_DD = sum(draw.embedding_moments_2DD.sum(0) for draw in draws) / tokens_SL.numel() / N_DRAWS
     model = load_whole(folder).requires_grad_(False).double()
     clean_SLV = model(tokens_SL).logits.log_softmax(-1)
     weight_VD = model.get_input_embeddings().weight
