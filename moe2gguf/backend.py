@@ -3,6 +3,7 @@
 The only importer of moe2gguf_kernels. Shapes: see moe2gguf.codec, moe2gguf.feedback and moe2gguf.moments.
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2gguf import moments as plain_moments
+from moe2gguf import passes, scales
 from moe2gguf import walk as plain_walk
 from moe2gguf.codec import CODECS, Codec, Fields
 from moe2gguf.errors import DeviceError
 from moe2gguf.ggml import QuantType
+from moe2gguf.passes import Block
 from moe2gguf.walk import Tries, Walked
 
 if TYPE_CHECKING:
@@ -113,6 +116,48 @@ def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch
 
         return Walked(*walk_cpu.walk(*arguments))
     return plain_walk.walk(codec, target_TEN, tries, factor_ETT)
+
+
+def first_pass(codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor) -> tuple[Block, torch.Tensor]:
+    """moe2gguf.passes.first_pass, on the device of its arguments."""
+    # what has one sub-block is tried at scales that no other depends on
+    if not weight_SEN.is_cpu or not scales.has_block_scale(codec):
+        return passes.first_pass(codec, weight_SEN, factor_ESS, walk)
+    from moe2gguf_kernels import passes_cpu
+
+    if codec.has_minimum:
+        how, unit = passes_cpu.BY_LINE, 1.0
+    elif codec.width > 1:
+        how, unit = passes_cpu.BY_CODEBOOK, scales.codebook_unit(codec)
+    else:
+        how, unit = passes_cpu.BY_TURNED_RANGE if scales.turns_around(codec) else passes_cpu.BY_RANGE, 1.0
+    of_type = layout(codec.quant_type, weight_SEN.device)
+    cost_SE = factor_ESS.diagonal(dim1=-2, dim2=-1).T ** -2
+    (multiple,) = scales.block_multiples(codec)
+    scale_PEN, low_PEN = passes_cpu.fits(weight_SEN, cost_SE, how, unit, multiple, of_type)
+    d_EN, dmin_EN = scales.block_scales(codec, scale_PEN, low_PEN if codec.has_minimum else None)
+    code_CEN, negative_SEN, sub_PEN, minimum_PEN, error_SEN = passes_cpu.first_pass(
+        weight_SEN, factor_ESS, passes.of_subs(codec, factor_ESS), d_EN.float(),
+        None if dmin_EN is None else dmin_EN.float(), how, unit, scales.first_multiples(codec), of_type,
+    )  # fmt: skip
+    return Block(code_CEN, negative_SEN, d_EN, sub_PEN, dmin_EN, minimum_PEN), error_SEN
+
+
+def sweep(
+    codec: Codec, block: Block, found_SEN: torch.Tensor, slope_SEN: torch.Tensor, hessian_ESS: torch.Tensor
+) -> tuple[Block, torch.Tensor, torch.Tensor]:
+    """moe2gguf.passes.sweep, on the device of its arguments."""
+    if not found_SEN.is_cpu:
+        return passes.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS, walk)
+    from moe2gguf_kernels import passes_cpu
+
+    tries = passes.sweep_tries(codec, block)
+    code_CEN, negative_SEN, found_SEN, slope_SEN, tried_PEN = passes_cpu.sweep(
+        block.code_CEN, block.negative_SEN, tries.scale_JEN, tries.offset_JEN, passes.sub_factors(codec, hessian_ESS),
+        hessian_ESS, found_SEN, slope_SEN, layout(codec.quant_type, found_SEN.device),
+    )  # fmt: skip
+    block = dataclasses.replace(block, code_CEN=code_CEN, negative_SEN=negative_SEN)
+    return passes.with_scales(codec, block, tries, tried_PEN), found_SEN, slope_SEN
 
 
 def moments(

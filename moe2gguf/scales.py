@@ -24,23 +24,44 @@ HEADROOM = 1.08
 HALF_MAX = 65504.0
 
 
-def block_scales(
-    codec: Codec, weight_SEN: torch.Tensor, cost_SE: torch.Tensor
+def block_multiples(codec: Codec) -> list[float]:
+    """Of the scale that a sub-block's weights suggest, what its block's own scales are chosen by."""
+    return [1 + BLOCK_LEVEL_TRY / len(codec.codebook_GW)] if codec.has_minimum else [1.0]
+
+
+def first_multiples(codec: Codec) -> list[float]:
+    """What is tried of it."""
+    if codec.width == 1:
+        return [1 + steps / len(codec.codebook_GW) for steps in LEVEL_TRIES]
+    return [*(CODEBOOK_TRIES if len(codec.codebook_GW) < LARGE_CODEBOOK else LARGE_CODEBOOK_TRIES)]
+
+
+def fits(
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, multiples: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """d and dmin, f16 (E, N), that let each sub-block have the scale that fits it without feedback; d ones for none."""
-    if codec.places.d is None or codec.sub_scale_Q is None:
-        return torch.ones(weight_SEN.shape[1:], dtype=torch.float16, device=weight_SEN.device), None
+    """Scales, and minimums, that fit a sub-block's weights by themselves, f32 (J, E, N)."""
+    if codec.has_minimum:
+        return _lines(codec, target_TEN, cost_TE, multiples)
+    fit = _codebook_scale if codec.width > 1 else _full_scale
+    return fit(codec, target_TEN, cost_TE) * torch.tensor(multiples, device=target_TEN.device)[:, None, None], None
+
+
+def has_block_scale(codec: Codec) -> bool:
+    """Sub-blocks' scales are in units of it."""
+    return codec.places.d is not None and codec.sub_scale_Q is not None
+
+
+def block_scales(
+    codec: Codec, scale_PEN: torch.Tensor, minimum_PEN: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d and dmin, f16 (E, N), that let each sub-block have these; d ones where the type has none, or no other."""
+    if not has_block_scale(codec):
+        return torch.ones(scale_PEN.shape[1:], dtype=torch.float16, device=scale_PEN.device), None
+    assert codec.sub_scale_Q is not None
     # of signed sub-scales the lowest reaches further
     low, high = codec.sub_scale_Q.min(), codec.sub_scale_Q.max()
-    parts = zip(weight_SEN.split(codec.sub_weights), cost_SE.split(codec.sub_weights), strict=True)
-    if codec.has_minimum:
-        lines = [_lines(codec, weight_TEN, cost_TE, (BLOCK_LEVEL_TRY,)) for weight_TEN, cost_TE in parts]
-        scale_PEN, minimum_PEN = (torch.cat(x) for x in zip(*lines, strict=True))
+    if minimum_PEN is not None:
         return _half(HEADROOM * scale_PEN.amax(0) / high), _half(HEADROOM * minimum_PEN.amax(0) / high)
-    if codec.width > 1:
-        scale_PEN = torch.stack([_codebook_scale(codec, weight_TEN, cost_TE) for weight_TEN, cost_TE in parts])
-    else:
-        scale_PEN = torch.stack([_full_scale(codec, weight_TEN) for weight_TEN, _ in parts])
     largest_EN = chosen(scale_PEN, scale_PEN.abs().argmax(0))
     return _half(HEADROOM * largest_EN / (low if low < 0 else high)), None
 
@@ -50,58 +71,61 @@ def first_tries(
 ) -> Tries:
     """Around what fits the weights best."""
     d_EN = d_EN.float()
-    if codec.has_minimum:
+    scale_JEN, minimum_JEN = fits(codec, target_TEN, cost_TE, first_multiples(codec))
+    if minimum_JEN is not None:
         assert codec.sub_scale_Q is not None and dmin_EN is not None
-        scale_JEN, minimum_JEN = _lines(codec, target_TEN, cost_TE, LEVEL_TRIES)
         values_Q = codec.sub_scale_Q.to(target_TEN.device)
         sub_JEN, _ = nearest_level(values_Q, scale_JEN, d_EN)
         minimum_JEN, _ = nearest_level(values_Q, minimum_JEN, dmin_EN.float())
         return held(codec, d_EN, dmin_EN, sub_JEN, minimum_JEN)
-    if codec.width > 1:
-        multiples = [*(CODEBOOK_TRIES if len(codec.codebook_GW) < LARGE_CODEBOOK else LARGE_CODEBOOK_TRIES)]
-        scale_EN = _codebook_scale(codec, target_TEN, cost_TE)
-    else:
-        multiples = [1 + steps / len(codec.codebook_GW) for steps in LEVEL_TRIES]
-        scale_EN = _full_scale(codec, target_TEN)
-    scale_JEN = scale_EN * torch.tensor(multiples, device=scale_EN.device)[:, None, None]
     if codec.sub_scale_Q is None:
         return Tries(_half(scale_JEN).float())
     if codec.places.d is None:  # powers of two
         exponent_JEN = (scale_JEN.clamp_min(1e-30).log2().round() + 128).clamp(1, 254)
         sub_JEN = torch.cat([exponent_JEN.amin(0, keepdim=True) + i for i in range(3)]).clamp_max(254).int()
         return held(codec, d_EN, None, sub_JEN)
-    n = _n_scales(codec)
+    n = n_scales(codec)
     sub_JEN, _ = nearest_level(codec.sub_scale_Q[:n].to(target_TEN.device), scale_JEN, d_EN)
     # where there are two shifts, both for every scale
     return held(codec, d_EN, None, sub_JEN if codec.sub_offset_Q is None else torch.cat([sub_JEN, sub_JEN + n]))
 
 
+def codebook_unit(codec: Codec) -> float:
+    """The scale that mostly is best, over the rms of the weights."""
+    return CODEBOOK_START[codec.width] / codec.codebook_GW.square().mean().sqrt().item()
+
+
 def _codebook_scale(codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor) -> torch.Tensor:
     cost_TEN = cost_TE[..., None]
     rms_EN = ((target_TEN.square() * cost_TEN).sum(0) / cost_TEN.sum(0)).sqrt()
-    return CODEBOOK_START[codec.width] * rms_EN / codec.codebook_GW.square().mean().sqrt().item()
+    return codebook_unit(codec) * rms_EN
 
 
-def _full_scale(codec: Codec, target_TEN: torch.Tensor) -> torch.Tensor:
+def turns_around(codec: Codec) -> bool:
+    """Whether a scale may be below zero."""
+    return codec.sub_scale_Q is None or bool((codec.sub_scale_Q < 0).any())
+
+
+def _full_scale(codec: Codec, target_TEN: torch.Tensor, _cost_TE: torch.Tensor) -> torch.Tensor:
     """The scale that just avoids clipping, f32 (E, N)."""
     low, high = codec.codebook_GW.min().item(), codec.codebook_GW.max().item()
     lowest_EN, highest_EN = target_TEN.amin(0), target_TEN.amax(0)
-    if codec.sub_scale_Q is not None and bool((codec.sub_scale_Q >= 0).all()):
+    if not turns_around(codec):
         return torch.maximum(-lowest_EN, highest_EN) / high
     # a scale below zero turns the range around, so that the largest weight meets the end that reaches further
     return torch.where(-lowest_EN > highest_EN, lowest_EN, highest_EN) / low
 
 
 def _lines(
-    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, level_tries: tuple[float, ...]
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, multiples: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and minimums that fit the levels of narrower and wider ranges, f32 (J, E, N)."""
     cost_TEN = cost_TE[..., None]
     levels_G = codec.codebook_GW[:, 0].to(target_TEN.device)
     bottom_EN, top_EN = target_TEN.amin(0).clamp_max(0), target_TEN.amax(0)
     lines = []
-    for steps in level_tries:
-        middle_EN, half_EN = (top_EN + bottom_EN) / 2, (1 + steps / len(levels_G)) * (top_EN - bottom_EN) / 2
+    for multiple in multiples:
+        middle_EN, half_EN = (top_EN + bottom_EN) / 2, multiple * (top_EN - bottom_EN) / 2
         minimum_EN = (half_EN - middle_EN).clamp_min(0)
         scale_EN = 2 * half_EN / levels_G[-1].item()
         _, level_TEN = nearest_level(levels_G, target_TEN + minimum_EN, scale_EN)
@@ -131,7 +155,7 @@ def _half(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-HALF_MAX, HALF_MAX).half()
 
 
-def _n_scales(codec: Codec) -> int:
+def n_scales(codec: Codec) -> int:
     """Of a sub-block, whatever its shift."""
     assert codec.sub_scale_Q is not None
     return len(codec.sub_scale_Q) if codec.sub_offset_Q is None else len(codec.sub_scale_Q) // 2
@@ -141,12 +165,12 @@ def near_tries(
     codec: Codec, d_EN: torch.Tensor, sub_EN: torch.Tensor | None, dmin_EN: torch.Tensor | None,
     minimum_EN: torch.Tensor | None,
 ) -> Tries:  # fmt: skip
-    """The scale there is, first, and its neighbours."""
+    """The scale there is, first, and its neighbours. Of any number of sub-blocks, before E."""
     if codec.sub_scale_Q is None:
         multiples = 1 + torch.tensor(NEAR_TRIES, device=d_EN.device) / len(codec.codebook_GW)
         return Tries(_half(d_EN * multiples[:, None, None]).float())
     assert sub_EN is not None
-    n = _n_scales(codec)
+    n = n_scales(codec)
     order_Q = codec.sub_scale_Q[:n].argsort().to(d_EN.device)
     shift_EN = sub_EN // n * n
     place_EN = order_Q.argsort()[(sub_EN - shift_EN).long()]

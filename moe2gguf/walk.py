@@ -153,3 +153,8 @@ def feed_back(left_KEL: torch.Tensor, error_WEL: torch.Tensor, factor_EWK: torch
 def whitened(factor_ESS: torch.Tensor, x_SEN: torch.Tensor) -> torch.Tensor:
     """x U⁻¹, whose squares are what an error costs."""
     return torch.linalg.solve_triangular(factor_ESS.mT, x_SEN.transpose(0, 1), upper=False).transpose(0, 1)
+
+
+def product(matrix_EST: torch.Tensor, x_TEN: torch.Tensor) -> torch.Tensor:
+    """Expert by expert, f32 (S, E, N)."""
+    return torch.bmm(matrix_EST, x_TEN.transpose(0, 1)).transpose(0, 1)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from moe2gguf import backend
-from moe2gguf.codec import CODECS
+from moe2gguf import backend, passes
+from moe2gguf.codec import CODECS, Codec
+from moe2gguf.feedback import curvature
 from moe2gguf.ggml import QuantType
-from moe2gguf.walk import Tries
+from moe2gguf.passes import Block
+from moe2gguf.walk import Tries, product
 from moe2gguf_kernels.walk_cpu import ROWS
-from tests.walks import compare, factor, first_tries, hard_and_random
+from tests.test_feedback import correlated
+from tests.walks import DAMPING, compare, factor, first_tries, hard_and_random
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
@@ -51,6 +54,76 @@ def test_nothing_changes_by_how_rows_are_shared_out() -> None:
         part = backend.walk(codec, target_TEN[..., rows], part_of, factor_ETT)
         assert torch.equal(part.code_CEN, whole.code_CEN[..., rows])
         assert torch.equal(part.error_TEN, whole.error_TEN[..., rows])
+
+
+def block_of_two_experts(codec: Codec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hard rows and noise, more than a tile of them; a Hessian each, and the factor of its inverse."""
+    few_SEN = hard_and_random(codec)
+    weight_SEN = few_SEN.repeat(1, 1, -(-(ROWS + 3) // few_SEN.shape[2]))
+    hessian_ESS = torch.stack([torch.from_numpy(correlated(codec.block_weights, 1.0, seed)) for seed in (0, 1)]).float()
+    costs = curvature(hessian_ESS, DAMPING)
+    return weight_SEN, costs.hessian_EKK, costs.factor_EKK
+
+
+def weights_of(codec: Codec, block: Block) -> torch.Tensor:
+    """f32 (S, E, N)"""
+    fields = block.fields(codec)
+    return codec.decode(codec.pack(fields)).T.reshape(-1, *block.d_EN.shape)
+
+
+@pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
+def test_first_passes_are_as_the_plain_one(quant_type: QuantType) -> None:
+    """Sums in another order can turn near ties, and then what follows differs: rows' errors are alike on average."""
+    codec = CODECS[quant_type]
+    weight_SEN, _, factor_ESS = block_of_two_experts(codec)
+    expected, expected_error_SEN = passes.first_pass(codec, weight_SEN, factor_ESS)
+    block, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
+    for one_EN, other_EN in ((block.d_EN, expected.d_EN), (block.dmin_EN, expected.dmin_EN)):
+        assert (one_EN is None) == (other_EN is None)
+        # rows of ties have others
+        assert one_EN is None or one_EN.isclose(other_EN, rtol=2e-3).float().mean() > 0.9
+    same_EN = (block.code_CEN == expected.code_CEN).all(0)
+    assert same_EN.float().mean() > 0.7
+    for name in ("negative_SEN", "sub_PEN", "minimum_PEN"):
+        one, other = getattr(block, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        assert one is None or (one == other)[:, same_EN].float().mean() > 0.98
+    loss_EN, expected_EN = error_SEN.square().sum(0), expected_error_SEN.square().sum(0)
+    torch.testing.assert_close(loss_EN.mean(1), expected_EN.mean(1), rtol=0.02, atol=1e-30)
+    # what is reported is what the file will hold
+    missed_SEN = torch.einsum("sen,est->ten", error_SEN, factor_ESS.triu())
+    largest_EN = weight_SEN.abs().amax(0) + weights_of(codec, block).abs().amax(0)
+    assert ((weights_of(codec, block) + missed_SEN - weight_SEN).abs() <= 1e-3 * largest_EN).all()
+
+
+@pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
+def test_sweeps_are_as_the_plain_one(quant_type: QuantType) -> None:
+    """From a start that leaves much to be better; the slope is that of the weights which the file will hold."""
+    codec = CODECS[quant_type]
+    weight_SEN, hessian_ESS, factor_ESS = block_of_two_experts(codec)
+    # as if the columns had nothing to do with each other
+    block, _ = passes.first_pass(codec, weight_SEN, torch.diag_embed(factor_ESS.diagonal(dim1=1, dim2=2)))
+    found_SEN = weights_of(codec, block)
+    slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
+    results = [
+        sweep(codec, block, found_SEN.clone(), slope_SEN.clone(), hessian_ESS)
+        for sweep in (passes.sweep, backend.sweep)
+    ]
+    errors = []
+    for after, after_SEN, after_slope_SEN in results:
+        largest_EN = weight_SEN.abs().amax(0) + found_SEN.abs().amax(0)
+        assert ((weights_of(codec, after) - after_SEN).abs() <= 1e-3 * largest_EN).all()
+        miss_SEN = after_SEN - weight_SEN
+        bent_SEN = product(hessian_ESS, miss_SEN)
+        scale_EN = product(hessian_ESS.abs(), miss_SEN.abs() + largest_EN).amax(0)
+        assert ((bent_SEN - after_slope_SEN).abs() <= 1e-4 * scale_EN).all()
+        errors.append((miss_SEN * bent_SEN).sum(0))
+    before_EN = ((found_SEN - weight_SEN) * slope_SEN).sum(0)
+    assert all((error_EN <= 1.001 * before_EN + 1e-4 * before_EN.mean()).all() for error_EN in errors)
+    assert errors[1].mean() < 0.9 * before_EN.mean()
+    torch.testing.assert_close(errors[1].mean(1), errors[0].mean(1), rtol=0.02, atol=1e-30)
+    same_EN = (results[1][0].code_CEN == results[0][0].code_CEN).all(0)
+    assert same_EN.float().mean() > 0.7
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)

@@ -28,7 +28,9 @@ def first_tries(
     """A block's first sub-block, and some of the scales feedback would try for it."""
     size = codec.sub_weights
     cost_TE = factor_ETT.diagonal(dim1=-2, dim2=-1).T ** -2
-    of_block = scales.block_scales(codec, weight_SEN, cost_TE.repeat(codec.n_subs, 1))
+    found = [scales.fits(codec, w_TEN, cost_TE, scales.block_multiples(codec)) for w_TEN in weight_SEN.split(size)]
+    minimum_PEN = torch.cat([m for _, m in found if m is not None]) if codec.has_minimum else None
+    of_block = scales.block_scales(codec, torch.cat([s for s, _ in found]), minimum_PEN)
     tries = scales.first_tries(codec, weight_SEN[:size], cost_TE, *of_block)
     return weight_SEN[:size], Tries(*(None if x is None else x[which] for x in vars(tries).values()))
 

@@ -17,7 +17,7 @@ from moe2gguf_kernels.compiled import compiled, unaliased
 from moe2gguf_kernels.layout import SIGN_WEIGHTS, Layout
 
 # enough to outweigh what a loop takes to start; a sub-block of them still fits the second cache
-ROWS = 128
+ROWS = 64
 # distances compared in one pass over the rows
 UNROLLED = 4
 
@@ -31,26 +31,21 @@ def walk(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As moe2gguf_kernels.walk.walk."""
     n_sub, n_experts, n_rows = target_TEN.shape
-    width = layout.codebook_GW.shape[1]
-    inputs = (
-        target_TEN.contiguous().numpy(),
-        scale_JEN.contiguous().numpy(),
-        np.empty((0, n_experts, n_rows), np.float32) if offset_JEN is None else offset_JEN.contiguous().numpy(),
-        factor_ETT.contiguous().numpy(),
-    )
     outputs = (
-        np.empty((n_sub // width, n_experts, n_rows), np.int32),
+        np.empty((n_sub // layout.codebook_GW.shape[1], n_experts, n_rows), np.int32),
         np.empty((0 if layout.signs is None else n_sub, n_experts, n_rows), np.bool_),
         np.empty((n_sub, n_experts, n_rows), np.float32),
         np.empty((n_experts, n_rows), np.float32),
         np.empty((n_experts, n_rows), np.int64),
     )
-    if layout.levels is not None:
-        tables = (layout.levels.level_G, layout.levels.code_G, layout.levels.boundary_G)
-        _walk_levels(*inputs, *(table.numpy() for table in tables), layout.levels.are_consecutive, *outputs)
-    else:
-        step = SIGN_WEIGHTS if layout.has_even_signs else width
-        _walk_codebook(*inputs, layout.codebook_GW.numpy(), _parts(layout), step, layout.has_even_signs, *outputs)
+    _walk(
+        search_of(layout),
+        target_TEN.contiguous().numpy(),
+        scale_JEN.contiguous().numpy(),
+        np.empty((0, n_experts, n_rows), np.float32) if offset_JEN is None else offset_JEN.contiguous().numpy(),
+        factor_ETT.contiguous().numpy(),
+        *outputs,
+    )
     code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN = map(torch.from_numpy, outputs)
     return code_CEN, None if layout.signs is None else negative_TEN, error_TEN, loss_EN, tried_EN
 
@@ -71,6 +66,36 @@ class Parts(NamedTuple):
     code_AB: np.ndarray  # i32, 0 where no code has these halves
 
 
+class Search(NamedTuple):
+    """How the codes of a type are found."""
+
+    step: int  # weights whose signs, or code, are found together
+    has_signs: bool
+    has_even_signs: bool
+    are_consecutive: bool  # levels; these and what follows of them for codes of one weight
+    level_G: np.ndarray  # f32
+    code_G: np.ndarray  # i32
+    boundary_G: np.ndarray  # f32
+    codebook_GW: np.ndarray  # f32
+    parts: Parts  # for codes of several
+
+
+class Tile(NamedTuple):
+    """What one tile's rows are worked on in, for each try, and what the best of them, tried_R, leaves."""
+
+    left_TR: np.ndarray  # f32
+    code_JCR: np.ndarray  # i32
+    sign_JTR: np.ndarray  # f32, 1 or -1
+    error_JTR: np.ndarray  # f32
+    loss_JR: np.ndarray  # f32
+    tried_R: np.ndarray  # i32
+    cost_T: np.ndarray  # f32
+    inverse_R: np.ndarray  # f32
+    level_R: np.ndarray  # f32
+    quotient_R: np.ndarray  # f32
+    scratch: "Scratch"
+
+
 class Scratch(NamedTuple):
     part_ZR: np.ndarray  # f32, distances
     first_AR: np.ndarray  # f32
@@ -82,8 +107,20 @@ class Scratch(NamedTuple):
 
 
 @functools.cache
-def _parts(layout: Layout) -> Parts:
-    codebook_GW = layout.codebook_GW.numpy()
+def search_of(layout: Layout) -> Search:
+    codebook_GW, levels = layout.codebook_GW.numpy(), layout.levels
+    floats, ints = np.empty(0, np.float32), np.empty(0, np.int32)
+    if levels is None:
+        step = SIGN_WEIGHTS if layout.has_even_signs else codebook_GW.shape[1]
+        has_signs, parts = layout.signs is not None, _parts(codebook_GW)
+        return Search(step, has_signs, layout.has_even_signs, False, floats, ints, floats, codebook_GW, parts)
+    numbers, pairs = np.empty(0, np.uint64), np.empty((0, 2), np.uint64)
+    parts = Parts(numbers, floats, pairs, pairs, pairs, numbers, numbers, ints.reshape(0, 0))
+    tables = levels.level_G.numpy(), levels.code_G.numpy(), levels.boundary_G.numpy()
+    return Search(1, False, False, levels.are_consecutive, *tables, codebook_GW, parts)
+
+
+def _parts(codebook_GW: np.ndarray) -> Parts:
     width = codebook_GW.shape[1]
     half = width // 2
     numbers: dict[tuple[int, tuple[float, ...]], int] = {}
@@ -128,50 +165,36 @@ def _parts(layout: Layout) -> Parts:
 
 
 @compiled
-def _walk_levels(
-    target_TEN, scale_JEN, offset_JEN, factor_ETT, level_G, code_G, boundary_G, consecutive,
-    code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN,
+def _walk(
+    search, target_TEN, scale_JEN, offset_JEN, factor_ETT, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN
 ):  # fmt: skip
     n_sub, n_experts, n_rows = target_TEN.shape
-    n_tries = len(scale_JEN)
-    left = np.zeros((n_sub, ROWS), np.float32)
-    errors = np.empty((n_tries, n_sub, ROWS), np.float32)
-    codes = np.empty((n_tries, n_sub, ROWS), np.int32)
-    losses = np.empty((n_tries, ROWS), np.float32)
-    scale, inverse = np.zeros(ROWS, np.float32), np.empty(ROWS, np.float32)
-    level, quotient = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    tile = tile_for(search, n_sub, len(scale_JEN))
+    target, error = np.zeros((n_sub, ROWS), np.float32), np.empty((n_sub, ROWS), np.float32)
+    code = np.empty((len(code_CEN), ROWS), np.int32)
+    scale, offset = np.zeros((len(scale_JEN), ROWS), np.float32), np.zeros((len(offset_JEN), ROWS), np.float32)
     for e in range(n_experts):
         for first in range(0, n_rows, ROWS):
             n = min(ROWS, n_rows - first)
-            for j in range(n_tries):
-                code, error, loss = codes[j], errors[j], losses[j]
-                _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left, scale, loss)
-                _invert(scale, inverse)
-                for t in range(n_sub):
-                    if consecutive:
-                        _round(left[t], inverse, level_G[0], level_G[-1], level, code[t])
-                    else:
-                        _nearest_level(left[t], inverse, level_G, code_G, boundary_G, quotient, level, code[t])
-                    _miss(left[t], scale, level, error[t])
-                    _whiten(np.float32(1) / factor_ETT[e, t, t], error[t], loss)
-                    _feed_back(t, t + 1, n_sub, factor_ETT[e], error, left)
-            _keep_best(e, first, n, codes, errors, errors, losses, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN)
+            load(target_TEN, e, first, 0, target)
+            load(scale_JEN, e, first, 0, scale)
+            load(offset_JEN, e, first, 0, offset)
+            walk_tile(search, target, scale, offset, factor_ETT[e], tile)
+            for r in range(n):
+                j = tile.tried_R[r]
+                loss_EN[e, first + r], tried_EN[e, first + r] = tile.loss_JR[j, r], j
+            take(tile.code_JCR, tile.tried_R, code)
+            store(code, e, first, 0, code_CEN)
+            if search.has_signs:
+                take(tile.sign_JTR, tile.tried_R, error)
+                store_signs(error, e, first, 0, negative_TEN)
+            take(tile.error_JTR, tile.tried_R, error)
+            store(error, e, first, 0, error_TEN)
 
 
 @compiled
-def _walk_codebook(
-    target_TEN, scale_JEN, offset_JEN, factor_ETT, codebook_GW, parts, step, even_signs,
-    code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN,
-):  # fmt: skip
-    n_sub, n_experts, n_rows = target_TEN.shape
-    width = codebook_GW.shape[1]
-    n_tries = len(scale_JEN)
-    left = np.zeros((n_sub, ROWS), np.float32)
-    errors = np.empty((n_tries, n_sub, ROWS), np.float32)
-    signs = np.ones((n_tries, n_sub, ROWS), np.float32)  # 1 or -1
-    codes = np.empty((n_tries, n_sub // width, ROWS), np.int32)
-    losses = np.empty((n_tries, ROWS), np.float32)
-    scale, level = np.zeros(ROWS, np.float32), np.empty(ROWS, np.float32)
+def tile_for(search, n_sub, n_tries):
+    parts, width = search.parts, search.codebook_GW.shape[1]
     scratch = Scratch(
         np.empty((len(parts.weight_X) + len(parts.pair_Y2), ROWS), np.float32),
         np.empty((len(parts.first_A2), ROWS), np.float32),
@@ -181,50 +204,138 @@ def _walk_codebook(
         np.empty(ROWS, np.float32),
         np.empty(ROWS, np.int32),
     )
-    cost_T = np.empty(n_sub, np.float32)
-    for e in range(n_experts):
-        for t in range(n_sub):
-            cost_T[t] = np.float32(1) / (factor_ETT[e, t, t] * factor_ETT[e, t, t])
-        for first in range(0, n_rows, ROWS):
-            n = min(ROWS, n_rows - first)
-            for j in range(n_tries):
-                code, sign, error, loss = codes[j], signs[j], errors[j], losses[j]
-                _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left, scale, loss)
-                for start in range(0, n_sub, step):
-                    stop = start + step
-                    if len(negative_TEN):
-                        for t in range(start, stop):
-                            _take_sign(left[t], sign[t])
-                    if even_signs:
-                        _make_signs_even(left[start:stop], sign[start:stop], cost_T[start:stop], scratch)
-                    for own in range(start, stop, width):
-                        _search(parts, own, left, sign, cost_T, scale, scratch, code[own // width])
-                    for t in range(start, stop):
-                        _level(codebook_GW, code[t // width], t % width, sign[t], level)
-                        _miss(left[t], scale, level, error[t])
-                    for t in range(start, stop):
-                        _whiten(np.float32(1) / factor_ETT[e, t, t], error[t], loss)
-                        _feed_back(t, t + 1, stop, factor_ETT[e], error, error)
-                        _feed_back(t, stop, n_sub, factor_ETT[e], error, left)
-            _keep_best(e, first, n, codes, signs, errors, losses, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN)
+    return Tile(
+        np.zeros((n_sub, ROWS), np.float32),
+        np.empty((n_tries, n_sub // width, ROWS), np.int32),
+        np.ones((n_tries, n_sub, ROWS), np.float32),
+        np.empty((n_tries, n_sub, ROWS), np.float32),
+        np.empty((n_tries, ROWS), np.float32),
+        np.empty(ROWS, np.int32),
+        np.empty(n_sub, np.float32),
+        np.empty(ROWS, np.float32),
+        np.empty(ROWS, np.float32),
+        np.empty(ROWS, np.float32),
+        scratch,
+    )
 
 
 @unaliased
-def _load(j, e, first, n, target_TEN, scale_JEN, offset_JEN, left_TR, scale_R, loss_R):
-    for r in range(n):
-        scale_R[r] = scale_JEN[j, e, first + r]
-    for r in range(ROWS):
-        loss_R[r] = 0
-    for t in range(len(target_TEN)):
+def load(from_XEN, e, first, start, into_XR):
+    """A tile's rows, from START on; those that it lacks stay what they were."""
+    n = min(ROWS, from_XEN.shape[2] - first)
+    for x in range(len(into_XR)):
         for r in range(n):
-            left_TR[t, r] = target_TEN[t, e, first + r]
-        if len(offset_JEN):
-            for r in range(n):
-                left_TR[t, r] -= offset_JEN[j, e, first + r]
+            into_XR[x, r] = from_XEN[start + x, e, first + r]
 
 
 @unaliased
-def _invert(scale_R, inverse_R):
+def store(from_XR, e, first, start, into_XEN):
+    n = min(ROWS, into_XEN.shape[2] - first)
+    for x in range(len(from_XR)):
+        for r in range(n):
+            into_XEN[start + x, e, first + r] = from_XR[x, r]
+
+
+@unaliased
+def store_signs(from_XR, e, first, start, into_XEN):
+    n = min(ROWS, into_XEN.shape[2] - first)
+    for x in range(len(from_XR)):
+        for r in range(n):
+            into_XEN[start + x, e, first + r] = from_XR[x, r] < 0
+
+
+@unaliased
+def take(from_JXR, tried_R, into_XR):
+    """Of each row its own try."""
+    for x in range(len(into_XR)):
+        for r in range(ROWS):
+            into_XR[x, r] = from_JXR[0, x, r]
+        for j in range(1, len(from_JXR)):
+            for r in range(ROWS):
+                into_XR[x, r] = from_JXR[j, x, r] if tried_R[r] == j else into_XR[x, r]
+
+
+@compiled
+def walk_tile(search, target_TR, scale_JR, offset_JR, factor_TT, tile):
+    """Of equals, and where none compares, the first try."""
+    for t in range(len(target_TR)):
+        tile.cost_T[t] = np.float32(1) / (factor_TT[t, t] * factor_TT[t, t])
+    for j in range(len(scale_JR)):
+        _start(target_TR, offset_JR, j, tile.left_TR, tile.loss_JR)
+        if search.codebook_GW.shape[1] == 1:
+            _walk_levels(search, scale_JR[j], factor_TT, tile, tile.code_JCR[j], tile.error_JTR[j], tile.loss_JR[j])
+        else:
+            _walk_codebook(
+                search, scale_JR[j], factor_TT, tile, tile.code_JCR[j], tile.sign_JTR[j], tile.error_JTR[j],
+                tile.loss_JR[j],
+            )  # fmt: skip
+    _choose(tile.loss_JR, tile.level_R, tile.tried_R)
+
+
+@compiled
+def _walk_levels(search, scale_R, factor_TT, tile, code_TR, error_TR, loss_R):
+    n_sub = len(error_TR)
+    level_G, level = search.level_G, tile.level_R
+    invert(scale_R, tile.inverse_R)
+    for t in range(n_sub):
+        if search.are_consecutive:
+            _round(tile.left_TR[t], tile.inverse_R, level_G[0], level_G[-1], level, code_TR[t])
+        else:
+            _nearest_level(
+                tile.left_TR[t], tile.inverse_R, level_G, search.code_G, search.boundary_G, tile.quotient_R, level,
+                code_TR[t],
+            )  # fmt: skip
+        _miss(tile.left_TR[t], scale_R, level, error_TR[t])
+        _whiten(np.float32(1) / factor_TT[t, t], error_TR[t], loss_R)
+        _feed_back(t, t + 1, n_sub, factor_TT, error_TR, tile.left_TR)
+
+
+@compiled
+def _walk_codebook(search, scale_R, factor_TT, tile, code_CR, sign_TR, error_TR, loss_R):
+    n_sub, width, left = len(error_TR), search.codebook_GW.shape[1], tile.left_TR
+    for start in range(0, n_sub, search.step):
+        stop = start + search.step
+        if search.has_signs:
+            for t in range(start, stop):
+                _take_sign(left[t], sign_TR[t])
+        if search.has_even_signs:
+            _make_signs_even(left[start:stop], sign_TR[start:stop], tile.cost_T[start:stop], tile.scratch)
+        for own in range(start, stop, width):
+            _search(search.parts, own, left, sign_TR, tile.cost_T, scale_R, tile.scratch, code_CR[own // width])
+        for t in range(start, stop):
+            _level(search.codebook_GW, code_CR[t // width], t % width, sign_TR[t], tile.level_R)
+            _miss(left[t], scale_R, tile.level_R, error_TR[t])
+        for t in range(start, stop):
+            _whiten(np.float32(1) / factor_TT[t, t], error_TR[t], loss_R)
+            _feed_back(t, t + 1, stop, factor_TT, error_TR, error_TR)
+            _feed_back(t, stop, n_sub, factor_TT, error_TR, left)
+
+
+@unaliased
+def _start(target_TR, offset_JR, j, left_TR, loss_JR):
+    for r in range(ROWS):
+        loss_JR[j, r] = 0
+    for t in range(len(target_TR)):
+        for r in range(ROWS):
+            left_TR[t, r] = target_TR[t, r]
+        if len(offset_JR):
+            for r in range(ROWS):
+                left_TR[t, r] -= offset_JR[j, r]
+
+
+@unaliased
+def _choose(loss_JR, least_R, tried_R):
+    for r in range(ROWS):
+        least_R[r], tried_R[r] = loss_JR[0, r], 0
+    for j in range(1, len(loss_JR)):
+        for r in range(ROWS):
+            is_less = loss_JR[j, r] < least_R[r]
+            least_R[r] = loss_JR[j, r] if is_less else least_R[r]
+            tried_R[r] = np.int32(j) if is_less else tried_R[r]
+
+
+@unaliased
+def invert(scale_R, inverse_R):
     for r in range(ROWS):
         # a zero scale decodes to zero whatever the code
         inverse_R[r] = np.float32(1) / scale_R[r] if scale_R[r] != 0 else np.float32(0)
@@ -386,25 +497,3 @@ def _least(distance_YR, least_R):
     for y in range(1, len(distance_YR)):
         for r in range(ROWS):
             least_R[r] = min(least_R[r], distance_YR[y, r])
-
-
-@compiled
-def _keep_best(
-    e, first, n, code_JCR, sign_JTR, error_JTR, loss_JR, code_CEN, negative_TEN, error_TEN, loss_EN, tried_EN
-):  # fmt: skip
-    """What the try of least loss found, row by row; of equals, and where none compares, the first."""
-    tried_R = np.zeros(ROWS, np.int64)
-    for j in range(1, len(loss_JR)):
-        for r in range(n):
-            tried_R[r] = j if loss_JR[j, r] < loss_JR[tried_R[r], r] else tried_R[r]
-    for r in range(n):
-        loss_EN[e, first + r], tried_EN[e, first + r] = loss_JR[tried_R[r], r], tried_R[r]
-    for c in range(len(code_CEN)):
-        for r in range(n):
-            code_CEN[c, e, first + r] = code_JCR[tried_R[r], c, r]
-    for t in range(len(negative_TEN)):
-        for r in range(n):
-            negative_TEN[t, e, first + r] = sign_JTR[tried_R[r], t, r] < 0
-    for t in range(len(error_TEN)):
-        for r in range(n):
-            error_TEN[t, e, first + r] = error_JTR[tried_R[r], t, r]
