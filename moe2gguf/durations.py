@@ -43,6 +43,8 @@ ENCODED, FED_BACK = QuantType.IQ2_XXS, QuantType.IQ2_S
 # from memory, and from a disk where the file has no room there
 MEMORY_BYTES_PER_SECOND, DISK_BYTES_PER_SECOND = 10e9, 1e9
 BITS_OF_WRITER = 8.5
+# where rows make up for each other, those at a time of the experts at hand are no more jobs
+BUSY_WITH_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def quantise_seconds(
         for n in own
     ) + sum(rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3 for n in n_outputs)
     if calibration.sensitivity == "gradient":
-        n_threads = min(n_threads, 2)
+        n_threads = min(n_threads, BUSY_WITH_ROWS)
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]

@@ -12,7 +12,7 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -31,6 +31,7 @@ from moe2gguf.encode_matrices import (
     encode,
 )
 from moe2gguf.experts import ExpertBlock
+from moe2gguf.factors import PANEL
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
 from moe2gguf.moments import HELD_OUT, Sums
@@ -44,29 +45,23 @@ LAYER_SAMPLE_TOKENS = 512
 # what an expert's second moments are taken of at most, and its activation's slopes
 MAX_EXPERT_TOKENS = 16384
 MAX_SLOPE_TOKENS = 2048
-# of a chunk of experts, several of either live at a time: f64 matrices, and what one matrix of each is given in f32
+# of a chunk of experts: second moments in f64, of which several live at a time, and what down projections are given
 CHUNK_BYTES = 1 << 27
-CHUNK_INPUT_BYTES = 1 << 26
+CHUNK_INPUT_BYTES = 1 << 28
+# of sampled rows, in a job
+SAMPLE_LANES = 128
 
 AFFINITIES = ("none", "gate", "gate2")
 AFFINITY = "gate"
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What one matrix of one expert is given: by the model as it is, and by what is quantised before it."""
+class Tokens:
+    """Those of one expert: which of what is given, what they count, which are held out."""
 
-    exact_nK: torch.Tensor
-    found_nK: torch.Tensor
+    token_n: torch.Tensor
     weight_n: torch.Tensor
     held_out_n: torch.Tensor  # bool
-
-    def error(self, exact_RK: torch.Tensor, found_RK: torch.Tensor) -> float:
-        """Mean squared output error of sampled rows on held-out tokens."""
-        rows = self.held_out_n.nonzero()[:, 0]
-        rows = rows[:: -(-len(rows) // MAX_HELD_OUT_TOKENS) or 1]  # from all of the text
-        miss_nR = self.exact_nK[rows] @ exact_RK.T - self.found_nK[rows] @ found_RK.T
-        return float(self.weight_n[rows] @ miss_nR.square().sum(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,31 +72,47 @@ class Moments:
     cross_EKK: torch.Tensor  # of exact foundᵀ
 
 
-def moments(inputs: Sequence[Inputs], device: torch.device) -> tuple[Moments, Moments]:
-    """Of the tokens that are not held out, and of all."""
-    found_nK = torch.cat([i.found_nK for i in inputs]).to(device)
-    exact_nK = torch.cat([i.exact_nK for i in inputs]).to(device)
-    weight_n = torch.cat([i.weight_n / i.weight_n.sum().clamp_min(1e-20) for i in inputs]).to(device)
-    held_out_n = torch.cat([i.held_out_n for i in inputs]).to(device)
-    expert_n = torch.arange(len(inputs), device=device).repeat_interleave(
-        torch.tensor([len(i.weight_n) for i in inputs], device=device)
-    )
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a matrix of each expert is given: by the model as it is, and by what is quantised before it."""
 
-    def of(part_n: torch.Tensor, hessian_EKK: torch.Tensor | None, cross_EKK: torch.Tensor | None) -> Moments:
-        slot_n = part_n.nonzero()[:, 0]
-        offset_E1 = torch.bincount(expert_n[slot_n] + 1, minlength=len(inputs) + 1).cumsum(0)
-        own_n = weight_n[slot_n]
-        return Moments(
-            backend.moments(found_nK, slot_n, offset_E1, own_n, total_EMK=hessian_EKK),
-            backend.moments(found_nK, slot_n, offset_E1, own_n, exact_nK, slot_n, total_EMK=cross_EKK),
-        )
+    exact_TK: torch.Tensor
+    found_TK: torch.Tensor
+    of: Mapping[int, Tokens]
 
-    fit = of(~held_out_n, None, None)
-    whole = of(held_out_n, fit.hessian_EKK.clone(), fit.cross_EKK.clone())
-    share_E = torch.zeros(len(inputs), device=device).index_add_(0, expert_n, weight_n * ~held_out_n)
-    for total_EKK in (fit.hessian_EKK, fit.cross_EKK):
-        total_EKK /= share_E.clamp_min(1e-20)[:, None, None]
-    return fit, whole
+    def error(self, expert: int, exact_RK: torch.Tensor, found_RK: torch.Tensor) -> float:
+        """Mean squared output error of sampled rows on held-out tokens."""
+        tokens = self.of[expert]
+        held_out = tokens.held_out_n.nonzero()[:, 0]
+        held_out = held_out[:: -(-len(held_out) // MAX_HELD_OUT_TOKENS) or 1]  # from all of the text
+        token_n = tokens.token_n[held_out]
+        miss_nR = self.exact_TK[token_n] @ exact_RK.T - self.found_TK[token_n] @ found_RK.T
+        return float(tokens.weight_n[held_out] @ miss_nR.square().sum(1))
+
+    def moments(self, device: torch.device) -> tuple[Moments, Moments]:
+        """Of the tokens that are not held out, and of all."""
+        exact_TK, found_TK = self.exact_TK.to(device), self.found_TK.to(device)
+        own = self.of.values()
+        token_n = torch.cat([t.token_n for t in own]).to(device)
+        weight_n = torch.cat([t.weight_n / t.weight_n.sum().clamp_min(1e-20) for t in own]).to(device)
+        held_out_n = torch.cat([t.held_out_n for t in own]).to(device)
+        n_tokens_E = torch.tensor([len(t.token_n) for t in own], device=device)
+        expert_n = torch.arange(len(own), device=device).repeat_interleave(n_tokens_E)
+
+        def sums(part_n: torch.Tensor, hessian_EKK: torch.Tensor | None, cross_EKK: torch.Tensor | None) -> Moments:
+            offset_E1 = torch.bincount(expert_n[part_n] + 1, minlength=len(own) + 1).cumsum(0)
+            part, own_n = token_n[part_n], weight_n[part_n]
+            return Moments(
+                backend.moments(found_TK, part, offset_E1, own_n, total_EMK=hessian_EKK),
+                backend.moments(found_TK, part, offset_E1, own_n, exact_TK, part, total_EMK=cross_EKK),
+            )
+
+        fit = sums(~held_out_n, None, None)
+        whole = sums(held_out_n, fit.hessian_EKK.clone(), fit.cross_EKK.clone())
+        share_E = torch.zeros(len(own), device=device).index_add_(0, expert_n, weight_n * ~held_out_n)
+        for total_EKK in (fit.hessian_EKK, fit.cross_EKK):
+            total_EKK /= share_E.clamp_min(1e-20)[:, None, None]
+        return fit, whole
 
 
 @torch.inference_mode()
@@ -151,13 +162,14 @@ def encode_experts(
                         with found.listening():
                             streams.look(block)
                         gradient = output_moments.get(index)
-                        # no name for it: it must be gone before the next layer's activations come
-                        spool.put(
-                            index,
-                            *_LayerWork(
-                                block, exact, found, tokens_SL.shape[1], affinity, device, pool, gradient
-                            ).encode(own, lambda done, total: streams.say("quantise", done, total)),
-                        )
+                        with streams.put_away():
+                            # no name for it: it must be gone before the next layer's activations come
+                            spool.put(
+                                index,
+                                *_LayerWork(
+                                    block, exact, found, tokens_SL.shape[1], affinity, device, pool, gradient
+                                ).encode(own, lambda done, total: streams.say("quantise", done, total)),
+                            )
                     del exact, found
                     put_back(block, own, spool, index)
                 if index < last:
@@ -234,24 +246,17 @@ class _LayerWork:
         n_experts = self._block.n_experts
         for experts in self._chunks():
             progress(experts.start, n_experts)
-            inputs = [self._gate_up_inputs(e) for e in experts]
-            wanted = {("gate", e): types["gate", e] for e in experts} | {("up", e): types["up", e] for e in experts}
+            inputs = Inputs(self._exact_TD, self._found_TD, {e: self._tokens(e) for e in experts})
             gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
             found = self._matrices(
-                {("gate", e): gate_up[e][0] for e in experts} | {("up", e): gate_up[e][1] for e in experts},
-                wanted, dict(zip(experts, inputs, strict=True)), self._gate_up_factors(experts, inputs), outcomes,
+                {(matrix, e): gate_up[e][i] for e in experts for i, matrix in enumerate(("gate", "up"))},
+                types, inputs, self._gate_up_factors(inputs), outcomes,
             )  # fmt: skip
-            inputs = [
-                self._down_inputs(e, given, found["gate", e][1], found["up", e][1])
-                for e, given in zip(experts, inputs, strict=True)
-            ]
+            inputs = self._down_inputs(inputs, {key: decoded for key, (_, decoded) in found.items()})
             found |= self._matrices(
-                {("down", e): self._block.down(e) for e in experts},
-                {("down", e): types["down", e] for e in experts},
-                dict(zip(experts, inputs, strict=True)),
-                {} if self._output_DD is None else {("down", e): self._down_factor_DD for e in experts},
-                outcomes,
-            )
+                {("down", e): self._block.down(e) for e in experts}, types, inputs,
+                {} if self._output_DD is None else {("down", e): self._down_factor_DD for e in experts}, outcomes,
+            )  # fmt: skip
             blocks |= {key: block for key, (block, _) in found.items()}
         return blocks, outcomes
 
@@ -264,7 +269,8 @@ class _LayerWork:
         start, n_tokens = 0, 0
         for expert, n_own in enumerate(n_tokens_E.tolist()):
             n_tokens += n_own + len(self._sample_n)
-            is_full = (expert - start) * 8 * widest**2 >= CHUNK_BYTES or n_tokens * 4 * widest > CHUNK_INPUT_BYTES
+            input_bytes = 2 * 4 * n_tokens * self._block.n_intermediate
+            is_full = (expert - start) * 8 * widest**2 >= CHUNK_BYTES or input_bytes > CHUNK_INPUT_BYTES
             if expert > start and is_full:
                 yield range(start, expert)
                 start, n_tokens = expert, n_own + len(self._sample_n)
@@ -273,8 +279,8 @@ class _LayerWork:
     def _weights(self, gates_n: torch.Tensor) -> torch.Tensor:
         return gates_n ** {"none": 0, "gate": 1, "gate2": 2}[self._affinity]
 
-    def _gate_up_inputs(self, expert: int) -> Inputs:
-        """The expert's own tokens, and so much of the layer's as shrinkage asks."""
+    def _tokens(self, expert: int) -> Tokens:
+        """The expert's own, and so much of the layer's as shrinkage asks."""
         tokens_n, gates_n = tokens_of(expert, self._ids_TK, self._gates_TK)
         if len(tokens_n) > MAX_EXPERT_TOKENS:  # from all of the text
             kept_n = torch.linspace(0, len(tokens_n) - 1, MAX_EXPERT_TOKENS).round().long()
@@ -286,34 +292,35 @@ class _LayerWork:
         own_n = own_n / own_n.sum().clamp_min(1e-20) * len(tokens_n)
         layer_n = probability_n / probability_n.sum().clamp_min(1e-20) * SHRINKAGE_TOKENS
         held_out_sample_n = torch.arange(n_sample) % HELD_OUT == HELD_OUT - 1
-        tokens_n = torch.cat([tokens_n, self._sample_n])
-        return Inputs(
-            self._exact_TD[tokens_n],
-            self._found_TD[tokens_n],
+        return Tokens(
+            torch.cat([tokens_n, self._sample_n]),
             torch.cat([own_n, layer_n]),
-            torch.cat([self._held_out_T[tokens_n[:-n_sample]], held_out_sample_n]),
+            torch.cat([self._held_out_T[tokens_n], held_out_sample_n]),
         )
 
-    def _down_inputs(self, expert: int, given: Inputs, gate_ID: torch.Tensor, up_ID: torch.Tensor) -> Inputs:
-        exact_nI = self._block.activation(expert, given.exact_nK)
-        found_nI = self._block.gated(
-            *(
-                given.found_nK @ weight_ID.T + bias
-                for weight_ID, bias in zip((gate_ID, up_ID), self._block.gate_up_bias(expert), strict=True)
-            )
-        )
-        return Inputs(exact_nI, found_nI, given.weight_n, given.held_out_n)
+    def _down_inputs(self, given: Inputs, decoded: Mapping[tuple[str, int], torch.Tensor]) -> Inputs:
+        n_tokens = sum(len(tokens.token_n) for tokens in given.of.values())
+        exact_nI, found_nI = torch.empty(2, n_tokens, self._block.n_intermediate)
+        of: dict[int, Tokens] = {}
+        stop = 0
+        for expert, tokens in given.of.items():
+            start, stop = stop, stop + len(tokens.token_n)
+            exact_nI[start:stop] = self._block.activation(expert, given.exact_TK[tokens.token_n])
+            x_nD = given.found_TK[tokens.token_n]
+            biases = zip(("gate", "up"), self._block.gate_up_bias(expert), strict=True)
+            found_nI[start:stop] = self._block.gated(*(x_nD @ decoded[matrix, expert].T + b for matrix, b in biases))
+            of[expert] = dataclasses.replace(tokens, token_n=torch.arange(start, stop))
+        return Inputs(exact_nI, found_nI, of)
 
-    def _gate_up_factors(self, experts: range, inputs: Sequence[Inputs]) -> dict[tuple[str, int], torch.Tensor]:
+    def _gate_up_factors(self, inputs: Inputs) -> dict[tuple[str, int], torch.Tensor]:
         if self._output_DD is None:
             return {}
         factors = {}
-        for expert, given in zip(experts, inputs, strict=True):
-            n = len(given.weight_n)
+        for expert, tokens in inputs.of.items():
+            n = len(tokens.token_n)
             kept_n = torch.linspace(0, n - 1, min(n, MAX_SLOPE_TOKENS)).round().long()
-            moments = gate_up_moments(
-                self._block, expert, given.exact_nK[kept_n], given.weight_n[kept_n], self._output_DD
-            )
+            x_nD, weight_n = inputs.exact_TK[tokens.token_n[kept_n]], tokens.weight_n[kept_n]
+            moments = gate_up_moments(self._block, expert, x_nD, weight_n, self._output_DD)
             for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
                 factors[matrix, expert] = feedback.row_factor(moments_II[None])[0]
         return factors
@@ -322,14 +329,14 @@ class _LayerWork:
         self,
         weights: Mapping[tuple[str, int], torch.Tensor],
         types: Mapping[tuple[str, int], QuantType],
-        inputs: Mapping[int, Inputs],
+        inputs: Inputs,
         row_factors: Mapping[tuple[str, int], torch.Tensor],
         outcomes: list[Outcome],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """-> by matrix and expert, blocks uint8 (N, B) and what they decode to. Feedback is chosen, and damped, by a
         sample of rows, which does without that between them."""
-        experts = list(inputs)
-        fit, whole = moments(list(inputs.values()), self._device)
+        experts = list(inputs.of)
+        most, whole = inputs.moments(self._device)
         rows = {
             key: torch.linspace(0, len(weight) - 1, min(SAMPLE_ROWS, len(weight))).round().long()
             for key, weight in weights.items()
@@ -340,18 +347,19 @@ class _LayerWork:
             for e, diagonal_K in zip(experts, whole.hessian_EKK.diagonal(dim1=1, dim2=2), strict=True)
         }
         plain = self._ggml(sample, types, importance)
-        ggml_error = {key: inputs[key[1]].error(sample[key], plain[key][1]) for key in weights}
+        ggml_error = {key: inputs.error(key[1], sample[key], plain[key][1]) for key in weights}
         best_error, best_damping = dict(ggml_error), dict.fromkeys(weights, None)
         with_codec = {key for key in weights if types[key] in CODECS}
         for damping in DAMPINGS:
             tried = self._feedback(
-                {key: sample[key] for key in weights if key in with_codec}, types, experts, fit,
+                {key: sample[key] for key in weights if key in with_codec}, types, experts, most,
                 dict.fromkeys(weights, damping), {},
             )  # fmt: skip
             for key, (_, decoded) in tried.items():
-                error = inputs[key[1]].error(sample[key], decoded)
+                error = inputs.error(key[1], sample[key], decoded)
                 if error < best_error[key]:
                     best_error[key], best_damping[key] = error, damping
+        del most
         chosen = {key: damping for key, damping in best_damping.items() if damping is not None}
         found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen, row_factors)
         found |= self._ggml({key: weight for key, weight in weights.items() if key not in chosen}, types, importance)
@@ -386,31 +394,34 @@ class _LayerWork:
         dampings: Mapping[tuple[str, int], float],
         row_factors: Mapping[tuple[str, int], torch.Tensor],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
-        """All matrices of one type, shape and damping go in one batch."""
+        """All matrices of one type, shape and damping go in one batch, and all batches side by side."""
         batches: dict[tuple[QuantType, torch.Size, float], list[tuple[str, int]]] = {}
         for key, weight in weights.items():
             batches.setdefault((types[key], weight.shape, dampings[key]), []).append(key)
-        found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
         curvatures: dict[float, tuple[list[int], Curvature]] = {}
         for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
             hessian_EKK = moments.hessian_EKK[[experts.index(e) for e in wanted]]
             curvatures[damping] = wanted, feedback.curvature(hessian_EKK, damping)
-        for (quant_type, _, damping), keys in batches.items():
-            wanted, curvature = curvatures[damping]
+
+        def encode(batch: tuple[QuantType, torch.Size, float]) -> torch.Tensor:
+            keys, (wanted, curvature) = batches[batch], curvatures[batch[2]]
             curvature = curvature.of([wanted.index(key[1]) for key in keys])
             weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
-            places = [experts.index(key[1]) for key in keys]
-            hessian_EKK, cross_EKK = moments.hessian_EKK[places], moments.cross_EKK[places]
-            weight_ENK = _fitted(weight_ENK, hessian_EKK, cross_EKK, curvature.factor_EKK)
-            if row_factors:
-                factor_ENN = torch.stack([row_factors[key] for key in keys])
-                blocks_ENB = feedback.quantize_by_rows(weight_ENK, quant_type, curvature, factor_ENN, self._pool)
-            else:
-                blocks_ENB = feedback.quantize(weight_ENK, quant_type, curvature, self._pool)
-            for key, blocks_NB in zip(keys, blocks_ENB.cpu().numpy(), strict=True):
-                decoded = ggml.decode(blocks_NB, quant_type, weight_ENK.shape[2])
-                found[key] = blocks_NB, torch.from_numpy(decoded)
+            for (_, e), weight_NK, factor_KK in zip(keys, weight_ENK, curvature.factor_EKK, strict=True):
+                place = experts.index(e)
+                fit(weight_NK, moments.hessian_EKK[place], moments.cross_EKK[place], factor_KK)
+            if not row_factors:
+                return feedback.quantize(weight_ENK, batch[0], curvature, self._pool, rows_per_job=SAMPLE_LANES)
+            factor_ENN = torch.stack([row_factors[key] for key in keys])
+            return feedback.quantize_by_rows(weight_ENK, batch[0], curvature, factor_ENN, self._pool)
+
+        found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
+        with feedback.side_by_side(len(batches), self._pool) as threads:
+            for batch, blocks_ENB in zip(batches, threads.map(encode, batches), strict=True):
+                for key, blocks_NB in zip(batches[batch], blocks_ENB.cpu().numpy(), strict=True):
+                    decoded = ggml.decode(blocks_NB, batch[0], weights[key].shape[1])
+                    found[key] = blocks_NB, torch.from_numpy(decoded)
         return found
 
 
@@ -427,15 +438,17 @@ def gate_up_moments(
     return through_II * (gate_nI.T @ (share_n1 * gate_nI)), through_II * (up_nI.T @ (share_n1 * up_nI))
 
 
-def _fitted(
-    weight_ENK: torch.Tensor,
-    hessian_EKK: torch.Tensor,
-    cross_EKK: torch.Tensor,
-    factor_EKK: torch.Tensor,
-) -> torch.Tensor:
-    """Rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] + ridge)⁻¹."""
+def fit(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, cross_KK: torch.Tensor, factor_KK: torch.Tensor) -> None:
+    """In place, to rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] +
+    ridge)⁻¹."""
     # rows first: they are seldom more than columns, and few where dampings are compared
-    return weight_ENK + weight_ENK @ (cross_EKK - hessian_EKK) @ factor_EKK.mT @ factor_EKK
+    miss_NK = weight_NK @ (cross_KK - hessian_KK)
+    owns = [slice(start, start + PANEL) for start in range(0, len(factor_KK), PANEL)]
+    # half of the factor is zeros
+    for own in owns:
+        miss_NK[:, own] = miss_NK[:, own.start :] @ factor_KK[own, own.start :].T
+    for own in owns:
+        weight_NK[:, own] += miss_NK[:, : own.stop] @ factor_KK[: own.stop, own]
 
 
 def describe(outcomes: Iterable[Outcome]) -> str:

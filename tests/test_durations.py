@@ -86,9 +86,9 @@ def test_codes_and_factors(source: Source) -> None:
     assert quantising(source, calibration=graded, matmul_flops=1.0) - quantising(
         source, matmul_flops=1.0
     ) == pytest.approx(through_down)
-    for calibration, n_busy in ((CALIBRATION, 8), (graded, 2)):
-        one, eight = (quantising(source, calibration=calibration, n_threads=n, fed_back_weights=1.0) for n in (1, 8))
-        assert eight == pytest.approx(one / n_busy)
+    for calibration, n_busy in ((CALIBRATION, 16), (graded, 8)):
+        one, many = (quantising(source, calibration=calibration, n_threads=n, fed_back_weights=1.0) for n in (1, 16))
+        assert many == pytest.approx(one / n_busy)
 
 
 def test_products_of_quantising(source: Source) -> None:

@@ -12,7 +12,7 @@ import torch
 from moe2gguf import encode_experts as stage
 from moe2gguf import feedback, ggml
 from moe2gguf.capture import LayerCapture, tokens_of
-from moe2gguf.encode_experts import Inputs, encode_experts
+from moe2gguf.encode_experts import Inputs, Tokens, encode_experts
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Outcome, Spool
@@ -67,13 +67,16 @@ def layer(tiny: Callable[..., Path]) -> Iterator[Layer]:
         yield Layer(block, capture, pool)
 
 
+def gate_up_inputs(work: stage._LayerWork, expert: int) -> Inputs:
+    return Inputs(work._exact_TD, work._found_TD, {expert: work._tokens(expert)})
+
+
 @pytest.mark.parametrize("affinity", stage.AFFINITIES)
 @torch.inference_mode()
 def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
     """Token by token: the expert's own with its gate weights, the layer's with the belief of 32 tokens."""
     expert, power = 2, stage.AFFINITIES.index(affinity)
-    given = layer.work(affinity)._gate_up_inputs(expert)
-    hessian_KK = stage.moments([given], torch.device("cpu"))[1].hessian_EKK[0]
+    hessian_KK = gate_up_inputs(layer.work(affinity), expert).moments(torch.device("cpu"))[1].hessian_EKK[0]
 
     x_TD, ids_TK, gates_TK = layer.capture.routed()
     own = [(x_TD[t].double(), float(gates_TK[t, k]) ** power) for t, k in (ids_TK == expert).nonzero().tolist()]
@@ -90,20 +93,19 @@ def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
 def test_moments_of_what_is_not_held_out_and_of_all() -> None:
     """Experts with different numbers of tokens, one of them with none held out."""
     rng = torch.Generator().manual_seed(0)
-    inputs = [
-        Inputs(
-            *(torch.randn(n, 5, generator=rng) for _ in range(2)), torch.rand(n, generator=rng), torch.arange(n) > kept
-        )
-        for n, kept in ((7, 4), (3, 3), (12, 6))
-    ]
-    fit, whole = stage.moments(inputs, torch.device("cpu"))
-    for e, given in enumerate(inputs):
-        for found, chosen_n in ((fit, ~given.held_out_n), (whole, torch.ones_like(given.held_out_n))):
-            exact_nK, found_nK = given.exact_nK[chosen_n].double(), given.found_nK[chosen_n].double()
-            share_n1 = (given.weight_n[chosen_n] / given.weight_n[chosen_n].sum()).double()[:, None]
+    exact_TK, found_TK = torch.randn(2, 15, 5, generator=rng)
+    of = {
+        e: Tokens(torch.randperm(15, generator=rng)[:n], torch.rand(n, generator=rng), torch.arange(n) > kept)
+        for e, n, kept in ((4, 7, 4), (0, 3, 3), (9, 12, 6))
+    }
+    fit, whole = Inputs(exact_TK, found_TK, of).moments(torch.device("cpu"))
+    for i, tokens in enumerate(of.values()):
+        for found, chosen_n in ((fit, ~tokens.held_out_n), (whole, torch.ones_like(tokens.held_out_n))):
+            exact_nK, found_nK = (x_TK[tokens.token_n[chosen_n]].double() for x_TK in (exact_TK, found_TK))
+            share_n1 = (tokens.weight_n[chosen_n] / tokens.weight_n[chosen_n].sum()).double()[:, None]
             for moments_EKK, left_nK in ((found.hessian_EKK, found_nK), (found.cross_EKK, exact_nK)):
                 expected_KK = (share_n1 * left_nK).T @ found_nK
-                torch.testing.assert_close(moments_EKK[e].double(), expected_KK, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(moments_EKK[i].double(), expected_KK, rtol=1e-5, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -121,18 +123,20 @@ def test_an_expert_without_tokens_leans_on_the_layer(layer: Layer, monkeypatch: 
 
 
 @torch.inference_mode()
-def test_down_is_fitted_to_what_it_will_be_given() -> None:
-    """Against least squares with a ridge, written out row by row in f64."""
+def test_down_is_fitted_to_what_it_will_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against least squares with a ridge, written out row by row in f64; the last panel of columns is not full."""
     rng = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(stage, "PANEL", 3)
     exact_nK = torch.randn(300, 8, generator=rng)
     found_nK = exact_nK + 0.5 * torch.randn(300, 8, generator=rng)
     weight_n = torch.rand(300, generator=rng)
     weight_NK = torch.randn(5, 8, generator=rng)
-    inputs = Inputs(exact_nK, found_nK, weight_n, torch.zeros(300, dtype=torch.bool))
-    _, found = stage.moments([inputs], torch.device("cpu"))
+    tokens = Tokens(torch.arange(300), weight_n, torch.zeros(300, dtype=torch.bool))
+    _, found = Inputs(exact_nK, found_nK, {0: tokens}).moments(torch.device("cpu"))
     hessian_KK = found.hessian_EKK[0]
-    factor_EKK = feedback.curvature(found.hessian_EKK, 0.1).factor_EKK
-    found_NK = stage._fitted(weight_NK[None], found.hessian_EKK, found.cross_EKK, factor_EKK)[0]
+    factor_KK = feedback.curvature(found.hessian_EKK, 0.1).factor_EKK[0]
+    found_NK = weight_NK.clone()
+    stage.fit(found_NK, hessian_KK, found.cross_EKK[0], factor_KK)
 
     share_n = (weight_n / weight_n.sum()).double().sqrt()[:, None]
     ridge = (0.1 * hessian_KK.diagonal().mean().double()).sqrt()
@@ -148,8 +152,8 @@ def test_held_out_tokens_are_of_all_of_the_text() -> None:
     n = 4 * stage.MAX_HELD_OUT_TOKENS
     x_nK = torch.zeros(n, 2)
     x_nK[n // 2 :, 0] = 1
-    inputs = Inputs(x_nK, x_nK, torch.ones(n), torch.ones(n, dtype=torch.bool))
-    assert inputs.error(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)) == stage.MAX_HELD_OUT_TOKENS / 2
+    inputs = Inputs(x_nK, x_nK, {5: Tokens(torch.arange(n), torch.ones(n), torch.ones(n, dtype=torch.bool))})
+    assert inputs.error(5, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)) == stage.MAX_HELD_OUT_TOKENS / 2
 
 
 def test_less_error_than_ggml_on_what_was_not_seen(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -167,13 +171,12 @@ def test_less_error_than_ggml_on_what_was_not_seen(tiny: Callable[..., Path], tm
 def test_ggmls_bytes_stay_where_feedback_is_worse(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Feedback that gets the wrong weights loses every comparison."""
     honest = feedback.quantize
-    monkeypatch.setattr(feedback, "quantize", lambda w_ENK, *rest: honest(-w_ENK, *rest))
+    monkeypatch.setattr(feedback, "quantize", lambda w_ENK, *rest, **options: honest(-w_ENK, *rest, **options))
     work = layer.work()
     types = {(m, e): QuantType.Q3_K for m in ("gate", "up", "down") for e in range(N_EXPERTS)}
     blocks, outcomes = work.encode(types, lambda *_: None)
     assert all(outcome.damping is None and outcome.error == 1 for outcome in outcomes)
-    given = work._gate_up_inputs(1)
-    hessian_KK = stage.moments([given], torch.device("cpu"))[1].hessian_EKK[0]
+    hessian_KK = gate_up_inputs(work, 1).moments(torch.device("cpu"))[1].hessian_EKK[0]
     gate_ID, _ = layer.block.gate_up(1).chunk(2)
     expected = ggml.encode(gate_ID.numpy(), QuantType.Q3_K, hessian_KK.diagonal().numpy())
     np.testing.assert_array_equal(blocks["gate", 1], expected)
@@ -277,11 +280,9 @@ def test_one_expert_at_a_time_gives_the_same(
 def test_tokens_beyond_the_most_are_from_all_of_the_text(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Inputs] = []
-    of_work = stage._LayerWork._gate_up_inputs
-    monkeypatch.setattr(
-        stage._LayerWork, "_gate_up_inputs", lambda work, e: given.append(of_work(work, e)) or given[-1]
-    )
+    given: list[Tokens] = []
+    of_work = stage._LayerWork._tokens
+    monkeypatch.setattr(stage._LayerWork, "_tokens", lambda work, e: given.append(of_work(work, e)) or given[-1])
     types = every_expert(QuantType.IQ2_XXS, (0,))
     encode(tiny("mixtral"), types, Spool(tmp_path / "all"))
     every = given.copy()
@@ -290,9 +291,9 @@ def test_tokens_beyond_the_most_are_from_all_of_the_text(
     encode(tiny("mixtral"), types, Spool(tmp_path / "few"))
     n_sample = TOKENS_SL.size  # of the layer: so short a text is all of it
     for whole, few in zip(every, given, strict=True):
-        n_own = len(whole.exact_nK) - n_sample
-        assert n_own > 40 and len(few.exact_nK) == 40 + n_sample == len(few.weight_n)
-        assert torch.equal(few.exact_nK[[0, 39]], whole.exact_nK[[0, n_own - 1]])
+        n_own = len(whole.token_n) - n_sample
+        assert n_own > 40 and len(few.token_n) == 40 + n_sample == len(few.weight_n)
+        assert torch.equal(few.token_n[[0, 39]], whole.token_n[[0, n_own - 1]])
 
 
 # --- rows that make up for each other ---
@@ -345,17 +346,18 @@ def test_what_the_loss_minds_falls(layer: Layer) -> None:
         blocks, outcomes = work.encode(types, lambda *_: None)
         assert all(outcome.damping is not None for outcome in outcomes)
         for e in range(N_EXPERTS):
-            given = work._gate_up_inputs(e)
-            gate_II, up_II = stage.gate_up_moments(block, e, given.exact_nK, given.weight_n, output_DD)
-            x_nI = block.activation(e, given.exact_nK)
+            tokens = work._tokens(e)
+            x_nD = work._exact_TD[tokens.token_n]
+            gate_II, up_II = stage.gate_up_moments(block, e, x_nD, tokens.weight_n, output_DD)
+            x_nI = block.activation(e, x_nD)
             gate_ID, up_ID = block.gate_up(e).chunk(2)
             for matrix, exact, inputs_nK, moments in (
-                ("gate", gate_ID, given.exact_nK, gate_II),
-                ("up", up_ID, given.exact_nK, up_II),
+                ("gate", gate_ID, x_nD, gate_II),
+                ("up", up_ID, x_nD, up_II),
                 ("down", block.down(e), x_nI, output_DD),
             ):
                 found = torch.from_numpy(ggml.decode(blocks[matrix, e], QuantType.IQ2_XS, exact.shape[1]))
-                hessian = inputs_nK.T @ (given.weight_n[:, None] * inputs_nK)
+                hessian = inputs_nK.T @ (tokens.weight_n[:, None] * inputs_nK)
                 cost = float((moments @ (found - exact) @ hessian * (found - exact)).sum())
                 costs[matrix, by_rows] = costs.get((matrix, by_rows), 0.0) + cost
     ratio = {matrix: costs[matrix, True] / costs[matrix, False] for matrix in ("gate", "up", "down")}
