@@ -72,9 +72,9 @@ def calibrate(
         # spread over the text, which may be several files of different kinds
         probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
         probes = Probes(stream, pool, batch_sequences, tokens_SL[probed], scratch_folder)
-        embedding_VD = stream.embedding_VD.numpy()
-        share_V = np.bincount(text.tokens_SL.ravel(), minlength=len(embedding_VD)) / text.tokens_SL.size
-        error_EJ["embed_tokens"] = measure.embedding(embedding_VD, share_V, rng)
+        n_vocabulary = len(stream.embedding_VD)
+        share_V = np.bincount(text.tokens_SL.ravel(), minlength=n_vocabulary) / text.tokens_SL.size
+        error_EJ["embed_tokens"] = measure.embedding(stream.embedding_VD.numpy(), share_V, rng)
 
         hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
         for index in range(stream.n_layers):
@@ -114,6 +114,7 @@ def calibrate(
         importance["lm_head"] = head.importance_K()
         error_EJ["lm_head"] = measure.matrix(head, rng)
         found = probes.finish(head, lambda done, total: progress("probes: KL divergence", done, total))
+        del hidden_SLD
         if sensitivity == "gradient":
             n_chosen = min(n_sequences, max(1, GRADED_TOKENS // length))
             chosen = torch.linspace(0, n_sequences - 1, n_chosen).round().long()

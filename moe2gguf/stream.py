@@ -3,7 +3,8 @@
 The model is built on the meta device. Its decoder layers are swapped for stand-ins: run once, they record what the
 model hands to each layer (masks, rotary tables), and replayed they let the model's own embedding, final norm and head
 do their work around hidden states we keep ourselves. Real layers are filled from safetensors just before use and
-emptied after, through transformers' weight conversion, which also fuses experts to one interface.
+emptied after, through transformers' weight conversion, which also fuses experts to one interface. So are embedding and
+head, which lie in memory only where there is no layer.
 
 Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 """
@@ -113,14 +114,13 @@ class LayerStream:
         self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
         self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
-        self._names_by_layer, self._other_names = self._group_names()
+        self._names_by_layer, self._end_names, self._other_names = self._group_names()
+        self._keeps_ends = False
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
         self.model.model.layers = nn.ModuleList(self._stand_ins)
         self._call_kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._load(self._other_names)
-        # a head of its own stays untied, whatever the configuration says; transformers does the same
-        if self.head.weight.is_meta:
-            self.model.tie_weights()
+        self._load_ends()
         _check("", self.model)
         # loading makes parameters that ask for gradients
         self.model.requires_grad_(False)
@@ -131,26 +131,57 @@ class LayerStream:
 
     @property
     def embedding_VD(self) -> torch.Tensor:
+        """Of the stream until the next layer is loaded, as `head`'s weights are."""
+        self._load_ends()
         return cast(torch.Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def head(self) -> nn.Linear:
+        self._load_ends()
         return self.model.get_output_embeddings()
 
-    def _group_names(self) -> tuple[list[list[str]], list[str]]:
+    def keep_ends(self) -> None:
+        """Embedding and head stay in memory, and whatever is put in their place."""
+        self._load_ends()
+        self._keeps_ends = True
+
+    def _load_ends(self) -> None:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if not embedding.weight.is_meta:
+            return
+        self._load(self._end_names)
+        # a head of its own stays untied, whatever the configuration says; transformers does the same
+        if head.weight.is_meta:
+            self.model.tie_weights()
+        for module in (embedding, head):
+            module.requires_grad_(False)
+
+    def _drop_ends(self) -> None:
+        """With a large vocabulary they take more than a layer."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+
+    def _group_names(self) -> tuple[list[list[str]], list[str], list[str]]:
+        """Of the layers, of embedding and head, of what is left."""
+        ends = {
+            name
+            for name, weight in self.model.named_parameters()
+            if weight is self.model.get_input_embeddings().weight or weight is self.model.get_output_embeddings().weight
+        }
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         meta = self.model.state_dict()
         by_layer: list[list[str]] = [[] for _ in self.layers]
-        others = []
+        of_ends: list[str] = []
+        others: list[str] = []
         for name in sorted(self._shards.file_of):
             target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, meta)[0]
             if not target.startswith("model.layers."):
-                others.append(name)
+                (of_ends if target in ends else others).append(name)
             elif (layer := int(target.split(".")[2])) < len(by_layer):
                 # layers beyond the last are multi-token prediction heads, which the forward pass does not use
                 by_layer[layer].append(name)
-        return by_layer, others
+        return by_layer, of_ends, others
 
     def _load(self, names: list[str]) -> None:
         with self._shards.slices(names) as slices:
@@ -171,6 +202,8 @@ class LayerStream:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights, emptied again on leaving."""
+        if not self._keeps_ends:
+            self._drop_ends()
         layer = self.layers[index]
         self.model.model.layers[index] = layer
         self._load(self._names_by_layer[index])
@@ -193,6 +226,7 @@ class LayerStream:
     @torch.no_grad()
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
+        self._load_ends()
         self.model.model(input_ids=tokens_BL, use_cache=False)
         self._call_kwargs[tokens_BL.shape[0], tokens_BL.shape[1]] = [s.call_kwargs for s in self._stand_ins]
         hidden_BLD = self._stand_ins[0].seen_BLD
@@ -219,6 +253,7 @@ class LayerStream:
 
     def apply_head(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """As `logits`, with gradients where they are asked for."""
+        self._load_ends()
         last = self._stand_ins[-1]
         last.replacement_BLD = hidden_BLD
         try:

@@ -50,6 +50,7 @@ class QuantisedModel:
         self._blocks: dict[str, list[np.ndarray]] = {}
         # the final norm, or nothing where that is of another kind
         self._norms = {name: module for name, module in stream.model.model.named_children() if is_rms_norm(module)}
+        stream.keep_ends()
         self._exact = self._last()
         is_tied = stream.head.weight is stream.embedding_VD
         self._head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)

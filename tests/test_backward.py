@@ -34,6 +34,7 @@ def streamed(folder: Path, scratch: Path) -> tuple[float, dict[str, torch.Tensor
     def loss(logits_lV: torch.Tensor, sequence: int, tokens: slice) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits_lV, TOKENS_SL[sequence, tokens], reduction="sum")
 
+    stream.keep_ends()
     stream.head.requires_grad_(True)
     total, found["embeddings"] = backward(
         stream, stream.embed(TOKENS_SL), loss, prepare=prepare, finish=finish, batch_sequences=BATCH_SEQUENCES,
