@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -41,7 +40,7 @@ from moe2gguf.source import Source, open_source
 from moe2gguf.speeds import Speeds, measured_speeds, with_seconds
 from moe2gguf.spool import FORMAT_VERSION as SPOOL_FORMAT
 from moe2gguf.spool import Outcome, Spool
-from moe2gguf.states import SCRATCH_PREFIX
+from moe2gguf.states import remove_left_behind
 from moe2gguf.stats import FORMAT_VERSION as STATS_FORMAT
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
@@ -283,6 +282,7 @@ def spool_for(work: Path, stats: CalibrationStats, quantizer: Quantizer, types: 
         sorted(map(str, types.items())),
         sorted((name, matrix.quant_type.name) for name, matrix in matrices.items()),
     ]
+    remove_left_behind(work)
     return Spool(work / f"experts-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}")
 
 
@@ -321,8 +321,7 @@ def calibrated(
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
-    for left_behind in work.glob(f"{SCRATCH_PREFIX}*"):  # by a run that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
+    remove_left_behind(work)
     found = (text or text_of(source, calibration, work, n_threads, progress, note))()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     (work / "calibration.txt").write_text(

@@ -19,7 +19,7 @@ from moe2gguf.calibrate import BATCH_TOKENS, GRADED_TOKENS
 from moe2gguf.costs import CostTable, cost_table
 from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
 from moe2gguf.ebss import BEAMS, n_groups_at_once
-from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES
+from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES, LAYER_SAMPLE_TOKENS, MAX_EXPERT_TOKENS
 from moe2gguf.encode_matrices import MAX_COLUMNS
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
@@ -35,11 +35,12 @@ from moe2gguf.pipeline import (
     statistics_at_hand,
     work_folder_for,
 )
-from moe2gguf.probes import BRANCHES_BYTES
+from moe2gguf.probes import BRANCHES_BYTES, MATRIX_PROBE_TYPES
 from moe2gguf.prune import n_kept, shrunk
 from moe2gguf.sample import n_at_once
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
+from moe2gguf.streams import AWAY_BYTES
 
 GIB = 1 << 30
 F32_BYTES = 4
@@ -119,25 +120,35 @@ def make_plan(
     hidden = calibration.n_sequences * length * source.tensor("token_embd.weight").shape[1] * F32_BYTES
     branches_bytes = int(n_branches(table) * calibration.n_probe_tokens / (calibration.n_sequences * length) * hidden)
     layer_bytes, outer_bytes = (n * F32_BYTES for n in (_largest_layer_params(source), _outer_params(source)))
-    # what one matrix of an expert is given, and how many experts are quantised at a time
-    widest = _widest_expert(source)
-    inputs = source.n_expert_used / source.n_expert * calibration.n_sequences * length * widest * F32_BYTES
-    n_chunk = max(1, min(source.n_expert, CHUNK_BYTES // (8 * widest**2), int(CHUNK_INPUT_BYTES / inputs)))
+    # what down projections of an expert are given, and how many experts are quantised at a time
+    widest, expert = _widest_expert(source), next(t for t in source.tensors if "ffn_down_exps" in t.name)
+    n_expert_tokens = source.n_expert_used / source.n_expert * calibration.n_sequences * length + LAYER_SAMPLE_TOKENS
+    n_expert_tokens = min(n_expert_tokens, MAX_EXPERT_TOKENS + LAYER_SAMPLE_TOKENS)
+    inputs = 2 * F32_BYTES * n_expert_tokens * expert.shape[-1]
+    n_chunk = max(1, min(source.n_expert, -(-CHUNK_BYTES // (8 * widest**2)), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
     # of gradients, in 16 bits
     moments_bytes = 0
     if calibration.sensitivity == "gradient":
         moments_bytes = 2 * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
-    # the stream, what the experts are given of it, and that once more while it is put together or squared
-    calibration_bytes = outer_bytes + LOADING * layer_bytes + 3 * hidden + min(branches_bytes, BRANCHES_BYTES)
+    vocabulary = source.tensor("token_embd.weight")
+    logits_bytes = LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary.shape[0] * F32_BYTES
+    calibration_bytes = min(branches_bytes, BRANCHES_BYTES) + max(
+        LOADING * layer_bytes + hidden,
+        # the stream, what the experts are given of it, and that once more while it is put together or squared; experts
+        # in 16 bits while they are probed
+        4 / 3 * layer_bytes + 3 * hidden,
+        # the head's probes
+        outer_bytes + (len(MATRIX_PROBE_TYPES) + 0.5) * prod(vocabulary.shape) * F32_BYTES + hidden + logits_bytes,
+    )
     if calibration.sensitivity == "gradient":
         graded = min(GRADED_TOKENS, calibration.n_sequences * length) / (calibration.n_sequences * length) * hidden
         # what layers are given; gradients on their way, and of the layer at hand, whose experts' inputs they go with
         graded_bytes = min(source.n_layer * graded, INPUTS_BYTES) + 4 * graded
-        logits_bytes = LOSS_COPIES * LOGITS_CHUNK_TOKENS * source.tensor("token_embd.weight").shape[0] * F32_BYTES
         calibration_bytes = max(
             calibration_bytes,
-            outer_bytes + layer_bytes + hidden + _graph_bytes(source, length) + graded_bytes + logits_bytes,
+            layer_bytes + _graph_bytes(source, length) + graded_bytes,
+            outer_bytes + logits_bytes + graded_bytes,
         )
         calibration_bytes += moments_bytes
     sampled_bytes, writer_bytes = (
@@ -158,19 +169,21 @@ def make_plan(
             + moments_bytes
             + max(
                 2 * largest_tensor,
-                outer_bytes + LOADING * layer_bytes + 2 * hidden,
+                outer_bytes + 2 * hidden,
+                LOADING * layer_bytes + 2 * hidden,
                 # second moments of what each of its matrices is given, and one of them in f64 with its factor
-                outer_bytes + layer_bytes + 3 * hidden + _beside_bytes(source),
-                # two streams and what the experts are given in each; then what each matrix of a chunk is given in
-                # both, copied while its moments are taken, and those, in f32 and f64, and their factors, of its
-                # outputs' gradients too
-                outer_bytes + layer_bytes + 4 * hidden + n_chunk * (10 * inputs + 10 * 8 * widest**2),
+                layer_bytes + 3 * hidden + _beside_bytes(source),
+                # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
+                # given, second moments in f32 and f64, and their factors, of its outputs' gradients too
+                layer_bytes + 2 * hidden + min(2 * hidden, AWAY_BYTES) + n_chunk * (1.5 * inputs + 10 * 8 * widest**2),
             )
         ),
         # before: what of the probes is too much for memory; after: experts until the file is written
         disk_bytes=allocation.tensor_bytes
         + moments_bytes
-        + max(sum(role.n_bytes for role in roles if role.role == "expert"), branches_bytes - BRANCHES_BYTES)
+        + max(
+            sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden, branches_bytes - BRANCHES_BYTES
+        )
         + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
         # the pruned checkpoint, in 16 bits
         + (2 * source.n_params if prune_share else 0),

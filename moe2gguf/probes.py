@@ -32,7 +32,7 @@ MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
 SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
 # of hidden states kept in memory; the rest lies on disk
-BRANCHES_BYTES = 1 << 30
+BRANCHES_BYTES = 1 << 29
 # experts whose weights at a probe type wait for their turn
 IN_FLIGHT = 8
 

@@ -4,6 +4,7 @@ Shapes: S sequences, L tokens of each, D hidden.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,12 @@ import torch
 SCRATCH_PREFIX = "streams-"
 
 Key = TypeVar("Key")
+
+
+def remove_left_behind(work_folder: Path) -> None:
+    """By runs that were killed."""
+    for folder in work_folder.glob(f"**/{SCRATCH_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class States(Generic[Key]):

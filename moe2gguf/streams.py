@@ -17,12 +17,15 @@ from moe2gguf import ggml
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Spool
+from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 Types = Mapping[tuple[int, str, int], QuantType]  # layer, matrix, the checkpoint's expert
 
 BATCH_TOKENS = 4096
+# of both streams, while a layer's experts are quantised; beyond it they lie on disk
+AWAY_BYTES = 1 << 28
 ROWS_PER_JOB = 1024
 
 
@@ -101,6 +104,18 @@ class Streams:
         """In place."""
         for hidden_BLD in self._batches(hidden_SLD):
             hidden_BLD.copy_(self._stream.run(self._index, self._layer, hidden_BLD))
+
+    @contextmanager
+    def put_away(self) -> Iterator[None]:
+        """They make room."""
+        states = States[str](AWAY_BYTES, self._spool.folder)
+        states["exact"], states["found"] = self.exact_SLD, self.found_SLD
+        del self.exact_SLD, self.found_SLD
+        try:
+            yield
+        finally:
+            self.exact_SLD, self.found_SLD = states["exact"], states["found"]
+            states.close()
 
     def look(self, block: ExpertBlock) -> None:
         """What is quantised so far through the layer as far as its experts, for those who listen to what they get."""
