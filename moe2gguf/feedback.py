@@ -35,7 +35,7 @@ from moe2gguf.scales import HALF_MAX
 from moe2gguf.walk import feed_back, product
 
 # a job's steps should be long against what it takes to call them, and its arrays short against the cache
-ROWS_PER_JOB = 2048
+ROWS_PER_JOB = 512
 # the first takes most of what there is to gain
 SWEEPS = 2
 # where rows make up for each other: of all rows so many at a time, and so many in a job, whatever their experts
