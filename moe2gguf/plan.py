@@ -35,7 +35,7 @@ from moe2gguf.pipeline import (
     statistics_at_hand,
     work_folder_for,
 )
-from moe2gguf.probes import BRANCHES_BYTES, MATRIX_PROBE_TYPES
+from moe2gguf.probes import BRANCHES_BYTES
 from moe2gguf.prune import n_kept, shrunk
 from moe2gguf.sample import n_at_once
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
@@ -138,8 +138,8 @@ def make_plan(
         # the stream, what the experts are given of it, and that once more while it is put together or squared; experts
         # in 16 bits while they are probed
         4 / 3 * layer_bytes + 3 * hidden,
-        # the head's probes
-        outer_bytes + (len(MATRIX_PROBE_TYPES) + 0.5) * prod(vocabulary.shape) * F32_BYTES + hidden + logits_bytes,
+        # the head, and in 16 bits while it is probed
+        outer_bytes + prod(vocabulary.shape) * F32_BYTES / 2 + hidden + logits_bytes,
     )
     if calibration.sensitivity == "gradient":
         graded = min(GRADED_TOKENS, calibration.n_sequences * length) / (calibration.n_sequences * length) * hidden

@@ -28,6 +28,8 @@ from moe2gguf.stream import LayerStream
 # two types for experts, since the KL does not grow in proportion to the error; one for the few other matrices
 EXPERT_PROBE_TYPES = (QuantType.IQ2_XXS, QuantType.IQ3_XXS)
 MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
+# of a matrix, for as many threads
+N_PARTS = 16
 # for columns that are no multiple of 256; candidates, since a probe is read beside the error measured at its type
 SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
@@ -84,7 +86,7 @@ class Probes:
         weight = matrix.module.weight
         for quant_type in _fitting(MATRIX_PROBE_TYPES, weight.shape[1]):
             with _restored(weight):
-                weight.copy_(self._round_trip(weight, quant_type, matrix.importance_K()))
+                self._decode(self._encoded(weight, quant_type, matrix.importance_K()), quant_type, weight)
                 self._branches[name, quant_type] = self._run(index, layer, self._clean_SLD)
 
     def branch_experts(self, index: int, layer: nn.Module, block: ExpertBlock, stats: ExpertStats) -> None:
@@ -111,8 +113,9 @@ class Probes:
     def finish(self, head: MatrixCapture, progress: Callable[[int, int], None]) -> dict[str, tuple[Probe, ...]]:
         """Every probe's mean KL divergence, by name."""
         weight = head.module.weight
+        # encoded until they are needed: with a large vocabulary more than a layer
         heads = {
-            ("lm_head", t): self._round_trip(weight, t, head.importance_K())
+            ("lm_head", t): self._encoded(weight, t, head.importance_K())
             for t in _fitting(MATRIX_PROBE_TYPES, weight.shape[1])
         }
         sums = dict.fromkeys([*self._branches, *heads], 0.0)
@@ -123,9 +126,9 @@ class Probes:
             for name in self._branches:
                 part_1LD = self._branches.part(name, chunk[0].start, chunk[1])
                 sums[name] += _kl(clean_LV, self._stream.logits(part_1LD)[0])
-            for key, probe in heads.items():
+            for key, parts in heads.items():
                 with _restored(weight):
-                    weight.copy_(probe)
+                    self._decode(parts, key[1], weight)
                     sums[key] += _kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0])
         self._branches.close()
         found: dict[str, tuple[Probe, ...]] = {}
@@ -133,10 +136,16 @@ class Probes:
             found[name] = (*found.get(name, ()), Probe(quant_type, total / (len(chunks) * step)))
         return found
 
-    def _round_trip(self, weight_NK: torch.Tensor, quant_type: QuantType, importance_K: np.ndarray) -> torch.Tensor:
-        parts = np.array_split(weight_NK.numpy(), min(16, len(weight_NK)))
-        jobs = [self._pool.submit(ggml.round_trip, part, quant_type, importance_K) for part in parts]
-        return torch.from_numpy(np.concatenate([job.result() for job in jobs]))
+    def _encoded(self, weight_NK: torch.Tensor, quant_type: QuantType, importance_K: np.ndarray) -> list[np.ndarray]:
+        parts = weight_NK.tensor_split(min(N_PARTS, len(weight_NK)))
+        jobs = [self._pool.submit(ggml.encode, part.numpy(), quant_type, importance_K) for part in parts]
+        return [job.result() for job in jobs]
+
+    def _decode(self, blocks: list[np.ndarray], quant_type: QuantType, weight_NK: torch.Tensor) -> None:
+        def put(part: torch.Tensor, blocks_NB: np.ndarray) -> None:
+            part.numpy()[:] = ggml.decode(blocks_NB, quant_type, part.shape[1])
+
+        list(self._pool.map(put, weight_NK.tensor_split(len(blocks)), blocks))
 
 
 def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, ...]:

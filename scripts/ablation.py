@@ -34,13 +34,13 @@ VARIANTS = (
     Variant("pmq", router="none"),
     Variant(router="none"),
     DEFAULT,
-)
-MORE = (
-    Variant(router="qesc-kl"),
     Variant(affinity="none"),
     Variant(affinity="gate2"),
     Variant(calibrated_on="sample"),
     Variant(calibrated_on="ebss"),
+)
+MORE = (
+    Variant(router="qesc-kl"),
     Variant(calibrated_on="other"),
     Variant(router="none", feedback=False),
     Variant(layout="stock"),
