@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe2gguf import encode_experts as stage
-from moe2gguf import feedback, ggml
+from moe2gguf import feedback, ggml, streams
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.encode_experts import Inputs, Tokens, encode_experts
 from moe2gguf.experts import ExpertBlock, find_experts
@@ -275,6 +275,19 @@ def test_one_expert_at_a_time_gives_the_same(
         # sums of a batch may round otherwise than those of one: a near tie may fall the other way
         same = together.get(layer, matrix, expert) == alone.get(layer, matrix, expert)
         assert same.mean() > 0.99
+
+
+def test_streams_on_disk_give_the_same(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = every_expert(QuantType.IQ2_XXS)
+    kept, away = Spool(tmp_path / "kept"), Spool(tmp_path / "away")
+    encode(tiny("mixtral"), types, kept)
+    monkeypatch.setattr(streams, "AWAY_BYTES", 0)
+    encode(tiny("mixtral"), types, away)
+    for layer in (0, 1):
+        assert away.path(layer).read_bytes() == kept.path(layer).read_bytes()
+    assert not [path for path in away.folder.iterdir() if path.is_dir()]
 
 
 def test_tokens_beyond_the_most_are_from_all_of_the_text(

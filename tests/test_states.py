@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe2gguf.states import States
+from moe2gguf.states import SCRATCH_PREFIX, States, remove_left_behind
 from tests.test_calibrate import assert_same, run_calibration
 
 
@@ -25,6 +25,16 @@ def test_what_is_put_comes_back(n_in_memory: int, tmp_path: Path) -> None:
         assert torch.equal(states.part(key, 1, slice(2, 6)), state_SLD[1:2, 2:6])
     states.close()
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_killed_runs_leave_goes(tmp_path: Path) -> None:
+    """In the work folder and in a spool there; nothing else."""
+    for folder in (tmp_path / f"{SCRATCH_PREFIX}1", tmp_path / "experts-1" / f"{SCRATCH_PREFIX}2"):
+        folder.mkdir(parents=True)
+        (folder / "0.f32").write_bytes(b"1234")
+    (tmp_path / "experts-1" / "layer-0").write_bytes(b"")
+    remove_left_behind(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["experts-1", "layer-0"]
 
 
 def test_calibration_is_the_same_from_disk(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
