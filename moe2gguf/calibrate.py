@@ -104,6 +104,7 @@ def calibrate(
                             block, capture, stats, rng, lambda done, total: step("errors", done, total)
                         )
                     probes.branch_experts(index, layer, block, stats)
+                del capture
                 probes.pass_layer(index, layer)
 
         head = MatrixCapture(stream.head)

@@ -7,7 +7,7 @@ Shapes: T tokens, D hidden, I intermediate, E experts, K columns, J candidate ty
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ MAX_ERROR_TOKENS = 256
 MAX_GRADED_TOKENS = 1024
 MAX_ERROR_ROWS = 128
 MAX_MATRIX_ROWS = 1024
+# what an expert's tokens give is computed once for so many
+TYPES_PER_JOB = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,32 +74,31 @@ class Measure:
     ) -> ExpertErrors:
         """gradient_TD: of the loss, for labels drawn from the model's own distribution, by the block's output."""
         x_TD, ids_TK, gates_TK = capture.routed()
-        sample_nD, probability_nE = layer_sample(block, x_TD)
-        jobs = {}
+        sample = layer_sample_tokens(len(x_TD))
+        _, probability_nE = layer_sample(block, x_TD)
+        jobs: list[tuple[int, slice, Future[np.ndarray]]] = []
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
             n = len(tokens_n)
             keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS if gradient_TD is None else MAX_GRADED_TOKENS))
-            x_nD = torch.cat([x_TD[tokens_n[keep]], sample_nD])
-            gradient_nD = None
-            if gradient_TD is not None:
-                sample = layer_sample_tokens(len(gradient_TD))
-                gradient_nD = torch.cat([gradient_TD[tokens_n[keep]], gradient_TD[sample]])
             # its own tokens weigh g², then tokens of the layer p², blended as the importance is; one token is
             # added to the count, lest an expert that calibration never met looks free
             own_n = gates_n[keep].square() * n / max(len(keep), 1)
-            layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(sample_nD)
+            layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(probability_nE)
             weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
-            rows_I = _sample(rng, block.n_intermediate, MAX_ERROR_ROWS)
-            rows_D = _sample(rng, x_TD.shape[1], MAX_ERROR_ROWS)
-            for j, quant_type in enumerate(self.types):
-                jobs[expert, j] = self.pool.submit(
-                    _expert_errors, block, expert, quant_type, x_nD, gradient_nD, weight_n, rows_I, rows_D, stats
-                )
+            token_n = torch.cat([tokens_n[keep], torch.arange(len(x_TD))[sample]])
+            of_expert = _Expert(
+                block, expert, x_TD, gradient_TD, token_n, weight_n,
+                _sample(rng, block.n_intermediate, MAX_ERROR_ROWS), _sample(rng, x_TD.shape[1], MAX_ERROR_ROWS),
+                stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert],
+            )  # fmt: skip
+            for first in range(0, len(self.types), TYPES_PER_JOB):
+                own = slice(first, first + TYPES_PER_JOB)
+                jobs.append((expert, own, self.pool.submit(of_expert.errors, self.types[own])))
         found = np.empty((5, block.n_experts, len(self.types)))
-        for done, ((expert, j), job) in enumerate(jobs.items()):
+        for done, (expert, own, job) in enumerate(jobs):
             progress(done, len(jobs))
-            found[:, expert, j] = job.result()
+            found[:, expert, own] = job.result()
         gate_up_EJ, down_EJ, gate_share_EJ, *graded = found
         return ExpertErrors(gate_up_EJ, down_EJ, gate_share_EJ, *([None, None] if gradient_TD is None else graded))
 
@@ -117,55 +118,63 @@ def _matrix_error(
     return float(np.square(x_nK @ delta_RK.T).sum() * scale)
 
 
-@torch.inference_mode()
-def _expert_errors(
-    block: ExpertBlock,
-    expert: int,
-    quant_type: QuantType,
-    x_nD: torch.Tensor,
-    gradient_nD: torch.Tensor | None,
-    weight_n: torch.Tensor,
-    rows_I: np.ndarray,
-    rows_D: np.ndarray,
-    stats: ExpertStats,
-) -> tuple[float, float, float, float, float]:
-    """Error of the gate_up rows, through the activation and the down projection, of the down rows, gate's share, and
-    what the former two cost by the gradient.
+@dataclasses.dataclass(frozen=True)
+class _Expert:
+    """What one expert's errors are measured on. Its tokens are gathered only where they are needed: those of all
+    experts together are many."""
 
-    That is ½ E[(gᵀδ)²] for an error δ of the output (the Gauss-Newton form of the KL divergence). Rows are quantised
-    independently, so their errors hardly correlate, and it is ½ E[Σ g² δ²], row by row.
-    """
-    importance_D, importance_I = stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert]
-    gate_up_error = down_error = graded_gate_up = graded_down = np.inf
-    gate_share = 0.5
-    down_DI = block.down(expert)
-    if ggml.fits(quant_type, len(importance_D)):
-        rows = np.concatenate([rows_I, block.n_intermediate + rows_I])
-        exact_RD = block.gate_up(expert)[rows].numpy()
-        delta_RD = torch.from_numpy(ggml.round_trip(exact_RD, quant_type, importance_D) - exact_RD)
-        gate_nI, up_nI = block.pre_activation(expert, x_nD)
-        gate_nR, up_nR = gate_nI[:, rows_I], up_nI[:, rows_I]
-        delta_gate_nR, delta_up_nR = (x_nD @ delta_RD.T).chunk(2, dim=-1)
-        clean_nR = block.gated(gate_nR, up_nR)
-        column_sq_R = down_DI[:, rows_I].square().sum(0) * (block.n_intermediate / len(rows_I))
+    block: ExpertBlock
+    expert: int
+    x_TD: torch.Tensor
+    gradient_TD: torch.Tensor | None
+    token_n: torch.Tensor
+    weight_n: torch.Tensor
+    rows_I: np.ndarray
+    rows_D: np.ndarray
+    importance_D: np.ndarray
+    importance_I: np.ndarray
+
+    @torch.inference_mode()
+    def errors(self, types: tuple[QuantType, ...]) -> np.ndarray:
+        """f64 (5, J): error of the gate_up rows, through the activation and the down projection, of the down rows,
+        gate's share, and what the former two cost by the gradient.
+
+        That is ½ E[(gᵀδ)²] for an error δ of the output (the Gauss-Newton form of the KL divergence). Rows are
+        quantised independently, so their errors hardly correlate, and it is ½ E[Σ g² δ²], row by row.
+        """
+        block, rows_I, rows_D, weight_n = self.block, self.rows_I, self.rows_D, self.weight_n
+        gate_up_scale, down_scale = block.n_intermediate / len(rows_I), self.x_TD.shape[1] / len(rows_D)
+        down_DI, x_nD = block.down(self.expert), self.x_TD[self.token_n]
+        gate_nI, up_nI = block.pre_activation(self.expert, x_nD)
+        hidden_nI = block.gated(gate_nI, up_nI)
+        gate_nR, up_nR, clean_nR = gate_nI[:, rows_I], up_nI[:, rows_I], hidden_nI[:, rows_I]
+        column_sq_R = down_DI[:, rows_I].square().sum(0) * gate_up_scale
+        exact_RD = block.gate_up(self.expert)[np.concatenate([rows_I, block.n_intermediate + rows_I])].numpy()
+        exact_RI = down_DI[rows_D].numpy()
+        if self.gradient_TD is not None:
+            gradient_nD = self.gradient_TD[self.token_n]
+            through_nR, gradient_nR = gradient_nD @ down_DI[:, rows_I], gradient_nD[:, rows_D]
 
         def error(changed_gate_nR: torch.Tensor, changed_up_nR: torch.Tensor) -> float:
             delta_nR = block.gated(changed_gate_nR, changed_up_nR) - clean_nR
             return float(weight_n @ delta_nR.square() @ column_sq_R)
 
-        gate_up_error = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
-        if gradient_nD is not None:
-            delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - clean_nR
-            graded_nR = (gradient_nD @ down_DI[:, rows_I] * delta_nR).square()
-            graded_gate_up = float(weight_n @ graded_nR.sum(1)) / 2 * block.n_intermediate / len(rows_I)
-        of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
-        gate_share = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
-    if ggml.fits(quant_type, len(importance_I)):
-        exact_RI = down_DI[rows_D].numpy()
-        delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, importance_I) - exact_RI)
-        delta_nR = block.activation(expert, x_nD) @ delta_RI.T
-        down_error = float(weight_n @ delta_nR.square().sum(1)) * len(down_DI) / len(rows_D)
-        if gradient_nD is not None:
-            graded_nR = (gradient_nD[:, rows_D] * delta_nR).square()
-            graded_down = float(weight_n @ graded_nR.sum(1)) / 2 * len(down_DI) / len(rows_D)
-    return gate_up_error, down_error, gate_share, graded_gate_up, graded_down
+        found = np.full((5, len(types)), np.inf)
+        found[2] = 0.5
+        for j, quant_type in enumerate(types):
+            if ggml.fits(quant_type, exact_RD.shape[1]):
+                delta_RD = torch.from_numpy(ggml.round_trip(exact_RD, quant_type, self.importance_D) - exact_RD)
+                delta_gate_nR, delta_up_nR = (x_nD @ delta_RD.T).chunk(2, dim=-1)
+                found[0, j] = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
+                if self.gradient_TD is not None:
+                    delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - clean_nR
+                    found[3, j] = float(weight_n @ (through_nR * delta_nR).square().sum(1)) / 2 * gate_up_scale
+                of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
+                found[2, j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
+            if ggml.fits(quant_type, exact_RI.shape[1]):
+                delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, self.importance_I) - exact_RI)
+                delta_nR = hidden_nI @ delta_RI.T
+                found[1, j] = float(weight_n @ delta_nR.square().sum(1)) * down_scale
+                if self.gradient_TD is not None:
+                    found[4, j] = float(weight_n @ (gradient_nR * delta_nR).square().sum(1)) / 2 * down_scale
+        return found
