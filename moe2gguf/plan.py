@@ -256,14 +256,15 @@ def _beside_bytes(source: Source) -> int:
 
 
 def _graph_bytes(source: Source, length: int) -> int:
-    """What one layer keeps of a batch for the way back: what each matrix is given and gives."""
+    """What one layer keeps of a batch for the way back: what each matrix is given and gives, and half as much for
+    activations and what the experts' outputs are multiplied with."""
     n_tokens = max(BATCH_TOKENS, length)
     share = source.n_expert_used / source.n_expert
     of_layer = Counter[int]()
     for tensor in source.tensors:
         if (layer := layer_of(tensor.name)) is not None and tensor.quantisable:
             n_experts = share * tensor.shape[0] if is_of_experts(tensor) else 1
-            of_layer[layer] += int(F32_BYTES * n_tokens * n_experts * sum(tensor.shape[-2:]))
+            of_layer[layer] += int(1.5 * F32_BYTES * n_tokens * n_experts * sum(tensor.shape[-2:]))
     return max(of_layer.values())
 
 
