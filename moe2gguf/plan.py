@@ -54,6 +54,8 @@ WRITER_BYTES = GIB // 6
 LOGIT_BYTES = 24
 # logits, their softmax for drawing labels and for the loss, and gradients
 LOSS_COPIES = 6
+# what threads' allocators keep of what is freed, measured
+RETAINED = 1.12
 # a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
 LOADING = 1.65
 
@@ -162,20 +164,26 @@ def make_plan(
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
         roles=roles,
-        calibration_ram_bytes=int(BASE_BYTES + writer_bytes + max(calibration_bytes, sampled_bytes)),
+        calibration_ram_bytes=int(BASE_BYTES + writer_bytes + max(RETAINED * calibration_bytes, sampled_bytes)),
         quantise_ram_bytes=int(
             BASE_BYTES
             + COMPILER_BYTES
-            + moments_bytes
-            + max(
-                2 * largest_tensor,
-                outer_bytes + 2 * hidden,
-                LOADING * layer_bytes + 2 * hidden,
-                # second moments of what each of its matrices is given, and one of them in f64 with its factor
-                layer_bytes + 3 * hidden + _beside_bytes(source),
-                # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
-                # given, second moments in f32 and f64, and their factors, of its outputs' gradients too
-                layer_bytes + 2 * hidden + min(2 * hidden, AWAY_BYTES) + n_chunk * (1.5 * inputs + 10 * 8 * widest**2),
+            + RETAINED
+            * (
+                moments_bytes
+                + max(
+                    2 * largest_tensor,
+                    outer_bytes + 2 * hidden,
+                    LOADING * layer_bytes + 2 * hidden,
+                    # second moments of what each of its matrices is given, and one of them in f64 with its factor
+                    layer_bytes + 3 * hidden + _beside_bytes(source),
+                    # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
+                    # given, second moments in f32 and f64, and their factors, of its outputs' gradients too
+                    layer_bytes
+                    + 2 * hidden
+                    + min(2 * hidden, AWAY_BYTES)
+                    + n_chunk * (1.5 * inputs + 10 * 8 * widest**2),
+                )
             )
         ),
         # before: what of the probes is too much for memory; after: experts until the file is written
