@@ -84,7 +84,7 @@ def first_tries(
         exponent_JEN = (scale_JEN.clamp_min(1e-30).log2().round() + 128).clamp(1, 254)
         sub_JEN = torch.cat([exponent_JEN.amin(0, keepdim=True) + i for i in range(3)]).clamp_max(254).int()
         return held(codec, d_EN, None, sub_JEN)
-    n = n_scales(codec)
+    n = _n_scales(codec)
     sub_JEN, _ = nearest_level(codec.sub_scale_Q[:n].to(target_TEN.device), scale_JEN, d_EN)
     # where there are two shifts, both for every scale
     return held(codec, d_EN, None, sub_JEN if codec.sub_offset_Q is None else torch.cat([sub_JEN, sub_JEN + n]))
@@ -155,7 +155,7 @@ def _half(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-HALF_MAX, HALF_MAX).half()
 
 
-def n_scales(codec: Codec) -> int:
+def _n_scales(codec: Codec) -> int:
     """Of a sub-block, whatever its shift."""
     assert codec.sub_scale_Q is not None
     return len(codec.sub_scale_Q) if codec.sub_offset_Q is None else len(codec.sub_scale_Q) // 2
@@ -170,7 +170,7 @@ def near_tries(
         multiples = 1 + torch.tensor(NEAR_TRIES, device=d_EN.device) / len(codec.codebook_GW)
         return Tries(_half(d_EN * multiples[:, None, None]).float())
     assert sub_EN is not None
-    n = n_scales(codec)
+    n = _n_scales(codec)
     order_Q = codec.sub_scale_Q[:n].argsort().to(d_EN.device)
     shift_EN = sub_EN // n * n
     place_EN = order_Q.argsort()[(sub_EN - shift_EN).long()]
