@@ -9,6 +9,7 @@ What all types have in common, of one Hessian of 2048 columns for 1536 rows; the
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -64,12 +65,10 @@ def main() -> None:
         block, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
         found_SEN = weight_SEN - torch.einsum("sen,est->ten", error_SEN, factor_ESS.triu())
         slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
-        first = nanoseconds(lambda: backend.first_pass(codec, weight_SEN, factor_ESS), weight_SEN.numel())
-        sweep = nanoseconds(
-            lambda: backend.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS),
-            weight_SEN.numel(),
-        )
-        print(f"{quant_type.name:8} first pass {first:6.1f}  a sweep {sweep:6.1f}", flush=True)
+        first_pass = partial(backend.first_pass, codec, weight_SEN, factor_ESS)
+        sweep = partial(backend.sweep, codec, block, found_SEN, slope_SEN, hessian_ESS)
+        first, again = (nanoseconds(work, weight_SEN.numel()) for work in (first_pass, sweep))
+        print(f"{quant_type.name:8} first pass {first:6.1f}  a sweep {again:6.1f}", flush=True)
 
 
 if __name__ == "__main__":
