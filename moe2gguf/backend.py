@@ -144,17 +144,22 @@ def first_pass(codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor)
 
 
 def sweep(
-    codec: Codec, block: Block, found_SEN: torch.Tensor, slope_SEN: torch.Tensor, hessian_ESS: torch.Tensor
+    codec: Codec,
+    block: Block,
+    found_SEN: torch.Tensor,
+    slope_SEN: torch.Tensor,
+    hessian_ESS: torch.Tensor,
+    factor_EPTT: torch.Tensor,
 ) -> tuple[Block, torch.Tensor, torch.Tensor]:
     """moe2gguf.passes.sweep, on the device of its arguments."""
     if not found_SEN.is_cpu:
-        return passes.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS, walk)
+        return passes.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS, factor_EPTT, walk)
     from moe2gguf_kernels import passes_cpu
 
     tries = passes.sweep_tries(codec, block)
     code_CEN, negative_SEN, found_SEN, slope_SEN, tried_PEN = passes_cpu.sweep(
-        block.code_CEN, block.negative_SEN, tries.scale_JEN, tries.offset_JEN, passes.sub_factors(codec, hessian_ESS),
-        hessian_ESS, found_SEN, slope_SEN, layout(codec.quant_type, found_SEN.device),
+        block.code_CEN, block.negative_SEN, tries.scale_JEN, tries.offset_JEN, factor_EPTT, hessian_ESS, found_SEN,
+        slope_SEN, layout(codec.quant_type, found_SEN.device),
     )  # fmt: skip
     block = dataclasses.replace(block, code_CEN=code_CEN, negative_SEN=negative_SEN)
     return passes.with_scales(codec, block, tries, tried_PEN), found_SEN, slope_SEN

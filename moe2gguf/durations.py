@@ -53,6 +53,7 @@ class Rates:
 
     matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
     encoded_weights: float  # per second, by ggml
+    probed_weights: float  # per second, by ggml in each of the probes' types
     fed_back_weights: float  # per second and thread, with error feedback, second moments factored
     factor_seconds: float  # of second moments, damped, of FACTORED_COLUMNS
     draw_seconds: float  # of one logit
@@ -80,6 +81,10 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
     ones_EKK = torch.eye(FACTORED_COLUMNS)[None]
     few = curvature(ones_EKK[:, :n_columns, :n_columns], 0.1)
 
+    def probe() -> None:
+        for quant_type in EXPERT_PROBE_TYPES:
+            ggml.encode(weight_NK, quant_type)
+
     def feed_back(n_rows: int) -> None:
         quantize(fed_back_ENK[:, :n_rows], FED_BACK, few, pool)
 
@@ -91,6 +96,7 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
     return Rates(
         matmul_flops=n_times * flops / _seconds(run_expert),
         encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
+        probed_weights=n_threads * weight_NK.size / _seconds(probe),
         fed_back_weights=fed_back_ENK.numel() / one_thread,
         factor_seconds=_seconds(lambda: curvature(ones_EKK, 0.1)),
         draw_seconds=_seconds(lambda: draw(logits_PV, random)) / logits_PV.size,
@@ -112,16 +118,14 @@ def calibration_seconds(
     n_branch_tokens = n_branches(table) * calibration.n_probe_tokens
     flops = _layers_flops(source, length) * (n_tokens * (2 if pruned else 1) + n_branch_tokens / 2)
     flops += _head_flops(source) * n_branch_tokens
-    n_encoded = (
-        len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
-        + len(EXPERT_PROBE_TYPES) * source.n_params
-    )
+    n_encoded = len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
     if calibration.sensitivity == "gradient":  # forward, forward again for what is kept, and back
         n_graded = min(n_tokens, GRADED_TOKENS)
         flops += 4 * n_graded * (_layers_flops(source, length) + _head_flops(source))
         flops += 2 * n_graded * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
     written = 0.0 if calibration.text_paths else _writing_seconds(source, calibration, length, rates)
-    return written + flops / rates.matmul_flops + n_encoded / rates.encoded_weights
+    encoded = n_encoded / rates.encoded_weights + source.n_params / rates.probed_weights
+    return written + flops / rates.matmul_flops + encoded
 
 
 def _writing_seconds(source: Source, calibration: Calibration, length: int, rates: Rates) -> float:

@@ -45,8 +45,8 @@ LAYER_SAMPLE_TOKENS = 512
 # what an expert's second moments are taken of at most, and its activation's slopes
 MAX_EXPERT_TOKENS = 16384
 MAX_SLOPE_TOKENS = 2048
-# of a chunk of experts: second moments in f64, of which several live at a time, and what down projections are given
-CHUNK_BYTES = 1 << 27
+# of a chunk of experts: second moments, of which several live at a time, and what down projections are given
+CHUNK_BYTES = 1 << 26
 CHUNK_INPUT_BYTES = 1 << 28
 # of sampled rows, in a job
 SAMPLE_LANES = 128
@@ -227,7 +227,7 @@ class _LayerWork:
         self._output_DD: torch.Tensor | None = None
         if output_moments_DD is not None:
             self._output_DD = torch.from_numpy(output_moments_DD).float().to(device)
-            self._down_factor_DD = feedback.row_factor(self._output_DD[None])[0]
+            self._down_feedback_DD = feedback.row_feedback(self._output_DD[None])[0]
         self._exact_TD, _, _ = exact.routed()
         self._found_TD, self._ids_TK, self._gates_TK = found.routed()
         n_tokens = len(self._found_TD)
@@ -250,12 +250,12 @@ class _LayerWork:
             gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
             found = self._matrices(
                 {(matrix, e): gate_up[e][i] for e in experts for i, matrix in enumerate(("gate", "up"))},
-                types, inputs, self._gate_up_factors(inputs), outcomes,
+                types, inputs, self._gate_up_feedbacks(inputs), outcomes,
             )  # fmt: skip
             inputs = self._down_inputs(inputs, {key: decoded for key, (_, decoded) in found.items()})
             found |= self._matrices(
                 {("down", e): self._block.down(e) for e in experts}, types, inputs,
-                {} if self._output_DD is None else {("down", e): self._down_factor_DD for e in experts}, outcomes,
+                {} if self._output_DD is None else {("down", e): self._down_feedback_DD for e in experts}, outcomes,
             )  # fmt: skip
             blocks |= {key: block for key, (block, _) in found.items()}
         return blocks, outcomes
@@ -270,7 +270,7 @@ class _LayerWork:
         for expert, n_own in enumerate(n_tokens_E.tolist()):
             n_tokens += n_own + len(self._sample_n)
             input_bytes = 2 * 4 * n_tokens * self._block.n_intermediate
-            is_full = (expert - start) * 8 * widest**2 >= CHUNK_BYTES or input_bytes > CHUNK_INPUT_BYTES
+            is_full = (expert - start) * 4 * widest**2 >= CHUNK_BYTES or input_bytes > CHUNK_INPUT_BYTES
             if expert > start and is_full:
                 yield range(start, expert)
                 start, n_tokens = expert, n_own + len(self._sample_n)
@@ -312,7 +312,7 @@ class _LayerWork:
             of[expert] = dataclasses.replace(tokens, token_n=torch.arange(start, stop))
         return Inputs(exact_nI, found_nI, of)
 
-    def _gate_up_factors(self, inputs: Inputs) -> dict[tuple[str, int], torch.Tensor]:
+    def _gate_up_feedbacks(self, inputs: Inputs) -> dict[tuple[str, int], torch.Tensor]:
         if self._output_DD is None:
             return {}
         factors = {}
@@ -322,7 +322,7 @@ class _LayerWork:
             x_nD, weight_n = inputs.exact_TK[tokens.token_n[kept_n]], tokens.weight_n[kept_n]
             moments = gate_up_moments(self._block, expert, x_nD, weight_n, self._output_DD)
             for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
-                factors[matrix, expert] = feedback.row_factor(moments_II[None])[0]
+                factors[matrix, expert] = feedback.row_feedback(moments_II[None])[0]
         return factors
 
     def _matrices(
@@ -330,7 +330,7 @@ class _LayerWork:
         weights: Mapping[tuple[str, int], torch.Tensor],
         types: Mapping[tuple[str, int], QuantType],
         inputs: Inputs,
-        row_factors: Mapping[tuple[str, int], torch.Tensor],
+        row_feedbacks: Mapping[tuple[str, int], torch.Tensor],
         outcomes: list[Outcome],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """-> by matrix and expert, blocks uint8 (N, B) and what they decode to. Feedback is chosen, and damped, by a
@@ -361,7 +361,7 @@ class _LayerWork:
                     best_error[key], best_damping[key] = error, damping
         del most
         chosen = {key: damping for key, damping in best_damping.items() if damping is not None}
-        found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen, row_factors)
+        found = self._feedback({key: weights[key] for key in chosen}, types, experts, whole, chosen, row_feedbacks)
         found |= self._ggml({key: weight for key, weight in weights.items() if key not in chosen}, types, importance)
         outcomes += [
             Outcome(key[0], key[1], types[key].name, best_damping[key], best_error[key] / max(ggml_error[key], 1e-30))
@@ -392,7 +392,7 @@ class _LayerWork:
         experts: list[int],
         moments: Moments,
         dampings: Mapping[tuple[str, int], float],
-        row_factors: Mapping[tuple[str, int], torch.Tensor],
+        row_feedbacks: Mapping[tuple[str, int], torch.Tensor],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
         """All matrices of one type, shape and damping go in one batch, and all batches side by side."""
         batches: dict[tuple[QuantType, torch.Size, float], list[tuple[str, int]]] = {}
@@ -411,10 +411,10 @@ class _LayerWork:
             for (_, e), weight_NK, factor_KK in zip(keys, weight_ENK, curvature.factor_EKK, strict=True):
                 place = experts.index(e)
                 fit(weight_NK, moments.hessian_EKK[place], moments.cross_EKK[place], factor_KK)
-            if not row_factors:
+            if not row_feedbacks:
                 return feedback.quantize(weight_ENK, batch[0], curvature, self._pool, rows_per_job=SAMPLE_LANES)
-            factor_ENN = torch.stack([row_factors[key] for key in keys])
-            return feedback.quantize_by_rows(weight_ENK, batch[0], curvature, factor_ENN, self._pool)
+            feedback_ENN = torch.stack([row_feedbacks[key] for key in keys])
+            return feedback.quantize_by_rows(weight_ENK, batch[0], curvature, feedback_ENN, self._pool)
 
         found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
         with feedback.side_by_side(len(batches), self._pool) as threads:

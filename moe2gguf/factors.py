@@ -10,17 +10,20 @@ PANEL = 256
 
 
 def inverse_factor(hessian_EKK: torch.Tensor) -> torch.Tensor:
-    """U upper triangular with UᵀU = H⁻¹, f32 (E, K, K); a factor of H is found in its own precision."""
-    return into_inverse_factor(hessian_EKK.clone())
-
-
-def into_inverse_factor(hessian_EKK: torch.Tensor) -> torch.Tensor:
-    """As `inverse_factor`, over what it is given."""
-    # H = R Rᵀ with R upper triangular, and U = R⁻¹
-    _into_root(hessian_EKK)
-    factor_EKK = hessian_EKK.triu_().float()
+    """U upper triangular with UᵀU = H⁻¹, f32 (E, K, K): R⁻¹ of the root."""
+    factor_EKK = root(hessian_EKK)
     _into_inverse(factor_EKK)
     return factor_EKK
+
+
+def root(hessian_EKK: torch.Tensor) -> torch.Tensor:
+    """R upper triangular with R Rᵀ = H, f32 (E, K, K); in f64 where rounding to f32 leaves H indefinite."""
+    root_EKK = hessian_EKK.clone()
+    try:
+        _into_root(root_EKK)
+    except torch.linalg.LinAlgError:
+        _into_root(root_EKK := hessian_EKK.double())
+    return root_EKK.triu_().float()
 
 
 def _into_root(hessian_EKK: torch.Tensor) -> None:

@@ -20,27 +20,32 @@ C codes of a block, B bytes.
 
 import dataclasses
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from moe2gguf import backend, ggml
+from moe2gguf import backend, ggml, passes
 from moe2gguf.codec import CODECS, Codec
-from moe2gguf.factors import into_inverse_factor
+from moe2gguf.factors import inverse_factor, root
 from moe2gguf.ggml import QuantType
 from moe2gguf.passes import Block
 from moe2gguf.scales import HALF_MAX
 from moe2gguf.walk import feed_back, product
 
+# of the compiled passes
+TILE_ROWS = 64
 # a job's steps should be long against what it takes to call them, and its arrays short against the cache
 ROWS_PER_JOB = 512
-# the first takes most of what there is to gain
+# the first takes most of what there is to gain; from so many bits on it is less than what kernels lose by rounding
+# activations to 8 bits
 SWEEPS = 2
-# where rows make up for each other: of all rows so many at a time, and so many in a job, whatever their experts
-ROW_BLOCKS = 16
-ROW_BLOCK_LANES = 64
+UNSWEPT_BITS = 6
+# where rows make up for each other: of all rows about a 16th at a time, in whole tiles of the kernels' where that makes
+# a dozen blocks, and so many rows in a job, whatever their experts
+ROW_BLOCKS, MIN_ROW_BLOCKS = 16, 12
+ROW_BLOCK_LANES = 128
 # in parts of the mean of the diagonal of the gradient's second moments; 0.03 and 0.3 are no better
 ROW_DAMPING = 0.1
 
@@ -57,41 +62,59 @@ class Curvature:
 
 
 def curvature(hessian_EKK: torch.Tensor, damping: float) -> Curvature:
-    """Of H + damping * mean(diag H) * I; f32 (E, K, K), factored in f64."""
-    damped_EKK = hessian_EKK.to(torch.float64, copy=True)
+    damped_EKK = damped(hessian_EKK, damping)
+    return Curvature(damped_EKK, inverse_factor(damped_EKK))
+
+
+def damped(hessian_EKK: torch.Tensor, damping: float) -> torch.Tensor:
+    """H + damping * mean(diag H) * I, f32 (E, K, K)."""
+    damped_EKK = hessian_EKK.to(torch.float32, copy=True)
     diagonal_EK = damped_EKK.diagonal(dim1=-2, dim2=-1)
     mean_E = diagonal_EK.mean(-1)
     # an expert that nothing was seen of has no Hessian: all columns count alike
     diagonal_EK += torch.where(mean_E > 0, damping * mean_E, 1.0)[:, None]
-    return Curvature(damped_EKK.float(), into_inverse_factor(damped_EKK))
+    return damped_EKK
 
 
-def row_factor(moments_ENN: torch.Tensor) -> torch.Tensor:
-    """U upper triangular with UᵀU = G⁻¹, f32 (E, N, N), for second moments G of the loss's gradient by the outputs,
-    damped."""
-    return curvature(moments_ENN, ROW_DAMPING).factor_EKK
+def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
+    """What a block of rows makes up for, of each row's error before it: f32 (E, N, N), for second moments G of the
+    loss's gradient by the outputs, damped. With G = R Rᵀ it is R over its blocks on the diagonal."""
+    root_ENN = root(damped(moments_ENN, ROW_DAMPING))
+    n_rows = root_ENN.shape[-1]
+    for start in range(0, n_rows, step := _row_block(n_rows)):
+        own = slice(start, start + step)
+        own_ERR = root_ENN[:, own, own]
+        root_ENN[:, :start, own] = torch.linalg.solve_triangular(own_ERR, root_ENN[:, :start, own], upper=True, left=False)
+    return root_ENN
 
 
 def quantize_by_rows(
     weight_ENK: torch.Tensor,
     quant_type: QuantType,
     curvature: Curvature,
-    factor_ENN: torch.Tensor,
+    row_feedback_ENN: torch.Tensor,
     pool: ThreadPoolExecutor,
 ) -> torch.Tensor:
-    """As `quantize`, and the errors of a block of rows go to the rows after it, by `row_factor`: towards the least
-    tr(G Δ H Δᵀ), what an error Δ costs the model where outputs' gradients and inputs are independent. (Feedback to
-    both sides: YAQA, arXiv:2505.22988.)"""
-    left_ENK, n_rows = weight_ENK.clone(), weight_ENK.shape[1]
+    """As `quantize`, and a block of rows makes up for the errors of the rows before it, by `row_feedback`: towards the
+    least tr(G Δ H Δᵀ), what an error Δ costs the model where outputs' gradients and inputs are independent. (Feedback
+    to both sides: YAQA, arXiv:2505.22988.)"""
+    codec, (_, n_rows, _) = CODECS[quant_type], weight_ENK.shape
+    factor_EPTT = passes.sub_factors(codec, curvature.hessian_EKK)
+    error_ENK = torch.empty_like(weight_ENK)
     parts = []
-    for start in range(0, n_rows, step := -(-n_rows // ROW_BLOCKS)):
-        own, after = slice(start, start + step), slice(start + step, n_rows)
-        blocks_ERB = quantize(left_ENK[:, own], quant_type, curvature, pool, rows_per_job=ROW_BLOCK_LANES)
-        error_ERK = left_ENK[:, own] - _decoded(blocks_ERB, quant_type)
-        whitened_ERK = torch.linalg.solve_triangular(factor_ENN[:, own, own].mT, error_ERK, upper=False)
-        left_ENK[:, after] -= factor_ENN[:, own, after].mT @ whitened_ERK
+    for start in range(0, n_rows, step := _row_block(n_rows)):
+        own = slice(start, start + step)
+        made_up_ERK = row_feedback_ENN[:, :start, own].mT @ error_ENK[:, :start]
+        blocks_ERB = _in_jobs(codec, weight_ENK[:, own] + made_up_ERK, curvature, factor_EPTT, pool, ROW_BLOCK_LANES)
+        error_ENK[:, own] = weight_ENK[:, own] - _decoded(blocks_ERB, quant_type)
         parts.append(blocks_ERB)
     return torch.cat(parts, 1)
+
+
+def _row_block(n_rows: int) -> int:
+    if n_rows < MIN_ROW_BLOCKS * TILE_ROWS:
+        return -(-n_rows // ROW_BLOCKS)
+    return TILE_ROWS * max(1, n_rows // (ROW_BLOCKS * TILE_ROWS))
 
 
 def _decoded(blocks_ENB: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
@@ -115,20 +138,29 @@ def quantize(
 ) -> torch.Tensor:
     """The experts' rows in QUANT_TYPE with error feedback: uint8 (E, N, B), on the weights' device."""
     codec = CODECS[quant_type]
+    factor_EPTT = passes.sub_factors(codec, curvature.hessian_EKK)
+    return _in_jobs(codec, weight_ENK, curvature, factor_EPTT, pool, rows_per_job)
+
+
+def _in_jobs(
+    codec: Codec,
+    weight_ENK: torch.Tensor,
+    curvature: Curvature,
+    factor_EPTT: torch.Tensor,
+    pool: ThreadPoolExecutor,
+    rows_per_job: int,
+) -> torch.Tensor:
     if not weight_ENK.is_cpu:
-        return _quantize(codec, weight_ENK, curvature)
+        return _quantize(codec, weight_ENK, curvature, factor_EPTT)
     n_experts, n_rows, _ = weight_ENK.shape
     n_step, e_step = min(n_rows, rows_per_job), max(1, rows_per_job // n_rows)
+
+    def job(e: int, n: int) -> Future[torch.Tensor]:
+        own = slice(e, e + e_step)
+        return pool.submit(_quantize, codec, weight_ENK[own, n : n + n_step], curvature.of(own), factor_EPTT[own])
+
     with single_threaded():
-        jobs = [
-            [
-                pool.submit(
-                    _quantize, codec, weight_ENK[e : e + e_step, n : n + n_step], curvature.of(slice(e, e + e_step))
-                )
-                for n in range(0, n_rows, n_step)
-            ]
-            for e in range(0, n_experts, e_step)
-        ]
+        jobs = [[job(e, n) for n in range(0, n_rows, n_step)] for e in range(0, n_experts, e_step)]
         return torch.cat([torch.cat([job.result() for job in row], 1) for row in jobs])
 
 
@@ -154,7 +186,10 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+def _quantize(
+    codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, factor_EPTT: torch.Tensor
+) -> torch.Tensor:
+    """factor_EPTT: `passes.sub_factors` of all columns."""
     hessian_EKK, factor_EKK = curvature.hessian_EKK, curvature.factor_EKK
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()
     found_KEN = weight_KEN.clone()
@@ -167,11 +202,12 @@ def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature) -> t
         feed_back(found_KEN[own.start :], error_SEN, factor_EKK[:, own, own.start :])
         blocks.append(block)
     miss_KEN = found_KEN.sub_(weight_KEN)
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if ggml.bits_per_weight(codec.quant_type) < UNSWEPT_BITS else 0):
         for i, own in enumerate(owns):
             slope_SEN, found_SEN = product(hessian_EKK[:, own], miss_KEN), weight_KEN[own] + miss_KEN[own]
             own_ESS = hessian_EKK[:, own, own]
-            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], found_SEN, slope_SEN, own_ESS)
+            subs_EPTT = factor_EPTT[:, i * codec.n_subs : (i + 1) * codec.n_subs]
+            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], found_SEN, slope_SEN, own_ESS, subs_EPTT)
             blocks[i], found_SEN = _refit(codec, block, found_SEN, slope_SEN, own_ESS)
             miss_KEN[own] = found_SEN - weight_KEN[own]
     shape = (*weight_ENK.shape[:2], -1)
@@ -186,11 +222,9 @@ def _refit(
         return block, found_SEN
     old_d = block.d_EN.float()
     if block.dmin_EN is None:
-        unit_SEN = _over(found_SEN, old_d)
-        bent_SEN = product(hessian_ESS, unit_SEN)
-        new_d = old_d - (slope_SEN * unit_SEN).sum(0) / (bent_SEN * unit_SEN).sum(0)
+        new_d = old_d * (1 - (slope_SEN * found_SEN).sum(0) / (product(hessian_ESS, found_SEN) * found_SEN).sum(0))
         d_EN = torch.where(_near(new_d, old_d), new_d, old_d).half()
-        return dataclasses.replace(block, d_EN=d_EN), d_EN * unit_SEN
+        return dataclasses.replace(block, d_EN=d_EN), _over(d_EN, old_d) * found_SEN
     assert block.minimum_PEN is not None
     old_min = block.dmin_EN.float()
     low_SEN = block.minimum_PEN.float().repeat_interleave(codec.sub_weights, dim=0)
@@ -205,8 +239,8 @@ def _refit(
     return dataclasses.replace(block, d_EN=d_EN, dmin_EN=dmin_EN), d_EN * unit_SEN - dmin_EN * low_SEN
 
 
-def _over(x_SEN: torch.Tensor, d_EN: torch.Tensor) -> torch.Tensor:
-    return torch.where(d_EN != 0, x_SEN / d_EN, 0.0)
+def _over(x: torch.Tensor, d_EN: torch.Tensor) -> torch.Tensor:
+    return torch.where(d_EN != 0, x / d_EN, 0.0)
 
 
 def _near(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

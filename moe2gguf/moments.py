@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 
 CHUNK_SLOTS = 4096
+# of what is symmetric so many rows at a time
+PANEL = 256
 # one in so many runs of tokens is held out
 HELD_OUT = 4
 
@@ -31,8 +33,8 @@ class Sums:
         run = max(1, len(x_TK) // (2 * HELD_OUT))
         is_held_out_T = torch.arange(len(x_TK)) // run % HELD_OUT == HELD_OUT - 1
         fit_nK, held_out_nK = x_TK[~is_held_out_T], x_TK[is_held_out_T]
-        self.fit_KK.addmm_(fit_nK.T, fit_nK)
-        self.held_out_KK.addmm_(held_out_nK.T, held_out_nK)
+        _add_squares(self.fit_KK, fit_nK, fit_nK)
+        _add_squares(self.held_out_KK, held_out_nK, held_out_nK)
         self.n_fit, self.n_held_out = self.n_fit + len(fit_nK), self.n_held_out + len(held_out_nK)
 
 
@@ -51,15 +53,25 @@ def moments(
     Without other_SM and slot_n both sides are x's. total_EMK: where given, added to in place and returned.
     Summed in f32, in any order: an element is within 1e-5 of the sum of its terms' magnitudes.
     """
-    if other_SM is None or slot_n is None:
-        assert other_SM is None and slot_n is None
-        other_SM, slot_n = x_TK, token_n
+    assert (other_SM is None) == (slot_n is None)
     offsets = offset_E1.tolist()
     if total_EMK is None:
-        total_EMK = torch.zeros((len(offsets) - 1, other_SM.shape[1], x_TK.shape[1]), device=x_TK.device)
+        n_rows = (x_TK if other_SM is None else other_SM).shape[1]
+        total_EMK = torch.zeros((len(offsets) - 1, n_rows, x_TK.shape[1]), device=x_TK.device)
     for e, (begin, end) in enumerate(pairwise(offsets)):
         for first in range(begin, end, CHUNK_SLOTS):
             own = slice(first, min(first + CHUNK_SLOTS, end))
-            weighed_nM = other_SM[slot_n[own].long()].float() * weight_n[own, None]
-            total_EMK[e].addmm_(weighed_nM.T, x_TK[token_n[own].long()].float())
+            x_nK = x_TK[token_n[own].long()].float()
+            if other_SM is None or slot_n is None:
+                _add_squares(total_EMK[e], x_nK, x_nK * weight_n[own, None])
+            else:
+                total_EMK[e].addmm_((other_SM[slot_n[own].long()].float() * weight_n[own, None]).T, x_nK)
     return total_EMK
+
+
+def _add_squares(total_KK: torch.Tensor, x_nK: torch.Tensor, weighed_nK: torch.Tensor) -> None:
+    """total += weighedᵀ x, which is symmetric."""
+    for start in range(0, len(total_KK), PANEL):
+        own, after = slice(start, start + PANEL), slice(start + PANEL, None)
+        total_KK[own, start:].addmm_(weighed_nK[:, own].T, x_nK[:, start:])
+        total_KK[after, own] = total_KK[own, after].T

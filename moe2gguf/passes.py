@@ -95,14 +95,15 @@ def sweep(
     found_SEN: torch.Tensor,
     slope_SEN: torch.Tensor,
     hessian_ESS: torch.Tensor,
+    factor_EPTT: torch.Tensor,
     walk: Walk = plain.walk,
 ) -> tuple[Block, torch.Tensor, torch.Tensor]:
     """The sub-blocks anew where that lowers the output error, all else as it is; -> also found_SEN, the weights, and
-    slope_SEN, half the output error's gradient there, H (ŵ - w), as they are then."""
+    slope_SEN, half the output error's gradient there, H (ŵ - w), as they are then. factor_EPTT: `sub_factors`."""
     size, n_codes = codec.sub_weights, codec.sub_weights // codec.width
     found_SEN, slope_SEN = found_SEN.clone(), slope_SEN.clone()
     code_CEN, negative_SEN = block.code_CEN.clone(), None if block.negative_SEN is None else block.negative_SEN.clone()
-    tries, factor_EPTT = sweep_tries(codec, block), sub_factors(codec, hessian_ESS)
+    tries = sweep_tries(codec, block)
     tried_PEN = torch.empty(tries.scale_JEN.shape[1:], dtype=torch.int64, device=found_SEN.device)
     for p in range(codec.n_subs):
         own, own_codes = slice(p * size, (p + 1) * size), slice(p * n_codes, (p + 1) * n_codes)
@@ -122,16 +123,16 @@ def sweep(
     return with_scales(codec, block, tries, tried_PEN), found_SEN, slope_SEN
 
 
-def sub_factors(codec: Codec, hessian_ESS: torch.Tensor) -> torch.Tensor:
-    """U of each sub-block's own Hessian, f32 (E, P, T, T)."""
-    own_EPTT = of_subs(codec, hessian_ESS)
+def sub_factors(codec: Codec, hessian_EKK: torch.Tensor) -> torch.Tensor:
+    """U of each sub-block's own Hessian, f32 (E, P, T, T); of one block, or of more."""
+    own_EPTT = of_subs(codec, hessian_EKK)
     return inverse_factor(own_EPTT.flatten(0, 1)).view_as(own_EPTT)
 
 
-def of_subs(codec: Codec, matrix_ESS: torch.Tensor) -> torch.Tensor:
+def of_subs(codec: Codec, matrix_EKK: torch.Tensor) -> torch.Tensor:
     """The sub-blocks' own parts, (E, P, T, T)."""
-    n_subs, size = codec.n_subs, codec.sub_weights
-    own_ETTP = matrix_ESS.unflatten(1, (n_subs, size)).unflatten(3, (n_subs, size)).diagonal(dim1=1, dim2=3)
+    split = -1, codec.sub_weights
+    own_ETTP = matrix_EKK.unflatten(1, split).unflatten(3, split).diagonal(dim1=1, dim2=3)
     return own_ETTP.permute(0, 3, 1, 2).contiguous()
 
 

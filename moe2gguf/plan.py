@@ -127,7 +127,7 @@ def make_plan(
     n_expert_tokens = source.n_expert_used / source.n_expert * calibration.n_sequences * length + LAYER_SAMPLE_TOKENS
     n_expert_tokens = min(n_expert_tokens, MAX_EXPERT_TOKENS + LAYER_SAMPLE_TOKENS)
     inputs = 2 * F32_BYTES * n_expert_tokens * expert.shape[-1]
-    n_chunk = max(1, min(source.n_expert, -(-CHUNK_BYTES // (8 * widest**2)), int(CHUNK_INPUT_BYTES / inputs)))
+    n_chunk = max(1, min(source.n_expert, -(-CHUNK_BYTES // (4 * widest**2)), int(CHUNK_INPUT_BYTES / inputs)))
     roles = _roles(source, table, allocation)
     # of gradients, in 16 bits
     moments_bytes = 0

@@ -25,8 +25,9 @@ from moe2gguf.states import States
 from moe2gguf.stats import ExpertStats
 from moe2gguf.stream import LayerStream
 
-# two types for experts, since the KL does not grow in proportion to the error; one for the few other matrices
-EXPERT_PROBE_TYPES = (QuantType.IQ2_XXS, QuantType.IQ3_XXS)
+# two types for experts, since the KL does not grow in proportion to the error, of which ggml encodes one in a tenth of
+# the other's time; one for the few other matrices
+EXPERT_PROBE_TYPES = (QuantType.IQ2_XXS, QuantType.Q3_K)
 MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
 # of a matrix, for as many threads
 N_PARTS = 16

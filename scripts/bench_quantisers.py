@@ -4,8 +4,8 @@
     python scripts/bench_quantisers.py IQ2_XXS Q4_K
 
 Experts of Qwen3-30B-A3B's shape: gate and up 768 x 2048, which share a Hessian, and down 2048 x 768. Feedback's time
-includes factoring the Hessians; "by rows" those make up for each other too, and what tells how is factored as well. The
-ratios are medians over the rounds.
+includes factoring the Hessians; "by rows" those make up for each other too, and what tells how is factored as well: for
+each expert's gate and up, once for what all down projections give, as in a layer. The ratios are medians over the rounds.
 """
 
 import argparse
@@ -43,7 +43,11 @@ def main() -> None:
         torch.randn(N_EXPERTS, N_HIDDEN, N_INTERMEDIATE, generator=rng),
     ]
     hessians = [second_moments(weight_ENK.shape[2], rng) for weight_ENK in weights]
-    gradients = [second_moments(weight_ENK.shape[1], rng) for weight_ENK in weights]
+    # by what each gate and each up gives, and all down projections together
+    moments = [
+        second_moments(N_INTERMEDIATE, rng, 2 * N_EXPERTS),
+        second_moments(N_HIDDEN, rng, 1).expand(N_EXPERTS, -1, -1),
+    ]
     n_million = sum(weight_ENK.numel() for weight_ENK in weights) / 1e6
 
     print(f"type      ggml M/s  feedback M/s  ratio  by rows M/s  ratio  ({available_cores()} threads)")
@@ -62,9 +66,13 @@ def main() -> None:
                     feedback.quantize(weight_ENK, quant_type, feedback.curvature(hessian_EKK, DAMPING), pool)
 
             def by_rows(quant_type: QuantType = quant_type) -> None:
-                for weight_ENK, hessian_EKK, moments_ENN in zip(weights, hessians, gradients, strict=True):
-                    of_inputs, of_outputs = feedback.curvature(hessian_EKK, DAMPING), feedback.row_factor(moments_ENN)
-                    feedback.quantize_by_rows(weight_ENK, quant_type, of_inputs, of_outputs, pool)
+                for weight_ENK, hessian_EKK, moments_MNN in zip(weights, hessians, moments, strict=True):
+                    weight_MNK = weight_ENK.reshape(*moments_MNN.shape[:2], -1)
+                    costs = feedback.curvature(hessian_EKK, DAMPING)
+                    costs = costs.of(torch.arange(N_EXPERTS).repeat_interleave(len(weight_MNK) // N_EXPERTS).tolist())
+                    n_own = 1 if moments_MNN.stride(0) == 0 else len(moments_MNN)
+                    feedback_MNN = feedback.row_feedback(moments_MNN[:n_own]).expand_as(moments_MNN)
+                    feedback.quantize_by_rows(weight_MNK, quant_type, costs, feedback_MNN, pool)
 
             # builds the codebook's tables, and compiles
             ggml.encode(weights[0][0, :1].numpy(), quant_type, hessians[0][0].diagonal().numpy())
@@ -77,9 +85,9 @@ def main() -> None:
             print(f"{quant_type.name:8} {figures}", flush=True)
 
 
-def second_moments(n_columns: int, rng: torch.Generator) -> torch.Tensor:
+def second_moments(n_columns: int, rng: torch.Generator, n_experts: int = N_EXPERTS) -> torch.Tensor:
     """Of twice as many tokens as columns, with a spectrum that falls as activations' do: f32 (E, K, K)."""
-    x_EnK = torch.randn(N_EXPERTS, 2 * n_columns, n_columns, generator=rng) * torch.arange(1, n_columns + 1) ** -0.25
+    x_EnK = torch.randn(n_experts, 2 * n_columns, n_columns, generator=rng) * torch.arange(1, n_columns + 1) ** -0.25
     return x_EnK.mT @ x_EnK
 
 

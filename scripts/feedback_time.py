@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from moe2gguf import backend, feedback
+from moe2gguf import backend, feedback, passes
 from moe2gguf.codec import CODECS
 from moe2gguf.ggml import QuantType
 from moe2gguf.walk import feed_back, product
@@ -66,7 +66,8 @@ def main() -> None:
         found_SEN = weight_SEN - torch.einsum("sen,est->ten", error_SEN, factor_ESS.triu())
         slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
         first_pass = partial(backend.first_pass, codec, weight_SEN, factor_ESS)
-        sweep = partial(backend.sweep, codec, block, found_SEN, slope_SEN, hessian_ESS)
+        factor_EPTT = passes.sub_factors(codec, hessian_ESS)
+        sweep = partial(backend.sweep, codec, block, found_SEN, slope_SEN, hessian_ESS, factor_EPTT)
         first, again = (nanoseconds(work, weight_SEN.numel()) for work in (first_pass, sweep))
         print(f"{quant_type.name:8} first pass {first:6.1f}  a sweep {again:6.1f}", flush=True)
 

@@ -106,7 +106,7 @@ def test_sweeps_are_as_the_plain_one(quant_type: QuantType) -> None:
     found_SEN = weights_of(codec, block)
     slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
     results = [
-        sweep(codec, block, found_SEN.clone(), slope_SEN.clone(), hessian_ESS)
+        sweep(codec, block, found_SEN.clone(), slope_SEN.clone(), hessian_ESS, passes.sub_factors(codec, hessian_ESS))
         for sweep in (passes.sweep, backend.sweep)
     ]
     errors = []

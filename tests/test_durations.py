@@ -12,7 +12,14 @@ from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, open_source
 
 NEVER = 1e30
-NOTHING = Rates(matmul_flops=NEVER, encoded_weights=NEVER, fed_back_weights=NEVER, factor_seconds=0.0, draw_seconds=0.0)
+NOTHING = Rates(
+    matmul_flops=NEVER,
+    encoded_weights=NEVER,
+    probed_weights=NEVER,
+    fed_back_weights=NEVER,
+    factor_seconds=0.0,
+    draw_seconds=0.0,
+)
 CALIBRATION = Calibration((Path("text"),), n_sequences=16, sequence_tokens=64, sensitivity="probe")
 LENGTH, N_TOKENS = 64, 16 * 64
 EXPERT_PARAMS = 2 * 6 * 3 * 256 * 256
@@ -108,6 +115,10 @@ def test_products_of_quantising(source: Source) -> None:
     assert by_router[1] - by_router[0] > 2.5 * one_pass(source)
     assert by_router[2] - by_router[1] > 4 * 16 * one_pass(source)  # no more tokens in a step than there are
     assert quantising(source, Quantizer(feedback=False), matmul_flops=1.0) < 1  # no products
+
+
+def test_everything_is_probed(source: Source) -> None:
+    assert calibrating(source, probed_weights=1.0) == pytest.approx(source.n_params)
 
 
 def test_products_of_calibrating(source: Source) -> None:

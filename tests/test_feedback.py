@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from moe2gguf import ggml
+from moe2gguf import factors, ggml
 from moe2gguf.codec import CODECS, Codec, Fields
-from moe2gguf.feedback import ROW_DAMPING, Curvature, curvature, quantize, quantize_by_rows, row_factor
+from moe2gguf.feedback import ROW_DAMPING, Curvature, curvature, quantize, quantize_by_rows, row_feedback
 from moe2gguf.ggml import QuantType
 
 DAMPING = 0.01
@@ -126,6 +127,7 @@ def slow_nearest(
 def first_pass_as_chosen(monkeypatch: pytest.MonkeyPatch, sweeps: int = 0) -> None:
     """The blocks' scales stay as they were when the codes were chosen."""
     monkeypatch.setattr("moe2gguf.feedback.SWEEPS", sweeps)
+    monkeypatch.setattr("moe2gguf.feedback.UNSWEPT_BITS", 9)
     monkeypatch.setattr("moe2gguf.feedback._near", lambda new, old: torch.zeros_like(new, dtype=torch.bool))
 
 
@@ -166,7 +168,7 @@ def test_no_other_scale_near_it_is_better(
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
-@pytest.mark.parametrize(("power", "ratio"), [(0.0, 1.08), (0.5, 0.95), (1.0, 0.6)])
+@pytest.mark.parametrize(("power", "ratio"), [(0.0, 1.1), (0.5, 0.95), (1.0, 0.6)])
 def test_less_error_than_ggml(quant_type: QuantType, power: float, ratio: float, pool: ThreadPoolExecutor) -> None:
     """The more the inputs are correlated, the more can be undone; without correlation, nothing."""
     weight_NK, hessian_KK = weights(64, 512), correlated(512, power)
@@ -231,6 +233,7 @@ def test_sweeps_lower_the_error_of_every_row(
     quant_type: QuantType, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight_NK, hessian_KK = weights(16, 512), correlated(512, 1.0)
+    monkeypatch.setattr("moe2gguf.feedback.UNSWEPT_BITS", 9)
     errors = []
     for sweeps in (0, 1, 2):
         monkeypatch.setattr("moe2gguf.feedback.SWEEPS", sweeps)
@@ -238,6 +241,20 @@ def test_sweeps_lower_the_error_of_every_row(
         errors.append(np.einsum("nk,kl,nl->n", miss_NK, damped(hessian_KK), miss_NK))
     assert (errors[1] <= 1.0001 * errors[0]).all() and (errors[2] <= 1.0001 * errors[1]).all()
     assert errors[1].sum() < 0.98 * errors[0].sum()
+
+
+def test_factors_of_hardly_definite_hessians() -> None:
+    """48 tokens of 300 columns: with little damping, and with so little, just held by f32, that rounding leaves less."""
+    x_nK = torch.randn(48, 300, generator=torch.Generator().manual_seed(0)).sign()
+    for exponent, fails in ((-12, False), (-18, True)):
+        hessian_EKK = (x_nK.T @ x_nK)[None] + 2.0**exponent * torch.eye(300)
+        with pytest.raises(torch.linalg.LinAlgError) if fails else nullcontext():
+            factors._into_root(hessian_EKK.clone())
+        root_KK = factors.root(hessian_EKK)[0].double()
+        assert not root_KK.tril(-1).any()
+        torch.testing.assert_close(root_KK @ root_KK.T, hessian_EKK[0].double(), rtol=0, atol=3e-6 * 48)
+        unit_KK = factors.inverse_factor(hessian_EKK)[0].double() @ root_KK
+        torch.testing.assert_close(unit_KK, torch.eye(300).double(), rtol=0, atol=0.05)
 
 
 def test_experts_are_quantised_each_with_its_own_hessian(pool: ThreadPoolExecutor) -> None:
@@ -258,9 +275,9 @@ def test_rows_make_up_for_each_other(quant_type: QuantType, pool: ThreadPoolExec
     weight_NK, hessian_KK = weights(40, 256), correlated(256, 0.5)
     moments_NN = correlated(40, 1.0, 3)
     costs = curvature(torch.from_numpy(hessian_KK).float()[None], DAMPING)
-    factor_ENN = row_factor(torch.from_numpy(moments_NN).float()[None])
+    feedback_ENN = row_feedback(torch.from_numpy(moments_NN).float()[None])
     weight_ENK = torch.from_numpy(weight_NK)[None]
-    found_NB = quantize_by_rows(weight_ENK, quant_type, costs, factor_ENN, pool)[0].numpy()
+    found_NB = quantize_by_rows(weight_ENK, quant_type, costs, feedback_ENN, pool)[0].numpy()
 
     damped_NN = moments_NN + ROW_DAMPING * moments_NN.diagonal().mean() * np.eye(40)
     target_NK, blocks = weight_NK.copy(), []
@@ -282,7 +299,7 @@ def test_rows_make_up_for_each_other(quant_type: QuantType, pool: ThreadPoolExec
     assert cost(found_NB) == pytest.approx(cost(expected_NB), rel=0.05)
     assert cost(found_NB) < 0.8 * cost(plain_NB)
     # without anything in common there is nothing to make up for
-    alone = row_factor(torch.eye(40)[None])
+    alone = row_feedback(torch.eye(40)[None])
     alone_NB = quantize_by_rows(weight_ENK, quant_type, costs, alone, pool)[0].numpy()
     assert (alone_NB == plain_NB).mean() > 0.98  # batched products sum in another order
 
