@@ -315,15 +315,15 @@ class _LayerWork:
     def _gate_up_feedbacks(self, inputs: Inputs) -> dict[tuple[str, int], torch.Tensor]:
         if self._output_DD is None:
             return {}
-        factors = {}
+        found = {}
         for expert, tokens in inputs.of.items():
             n = len(tokens.token_n)
             kept_n = torch.linspace(0, n - 1, min(n, MAX_SLOPE_TOKENS)).round().long()
             x_nD, weight_n = inputs.exact_TK[tokens.token_n[kept_n]], tokens.weight_n[kept_n]
             moments = gate_up_moments(self._block, expert, x_nD, weight_n, self._output_DD)
             for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
-                factors[matrix, expert] = feedback.row_feedback(moments_II[None])[0]
-        return factors
+                found[matrix, expert] = feedback.row_feedback(moments_II[None])[0]
+        return found
 
     def _matrices(
         self,

@@ -84,7 +84,9 @@ def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
     for start in range(0, n_rows, step := _row_block(n_rows)):
         own = slice(start, start + step)
         own_ERR = root_ENN[:, own, own]
-        root_ENN[:, :start, own] = torch.linalg.solve_triangular(own_ERR, root_ENN[:, :start, own], upper=True, left=False)
+        root_ENN[:, :start, own] = torch.linalg.solve_triangular(
+            own_ERR, root_ENN[:, :start, own], upper=True, left=False
+        )
     return root_ENN
 
 
@@ -186,9 +188,7 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _quantize(
-    codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, factor_EPTT: torch.Tensor
-) -> torch.Tensor:
+def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, factor_EPTT: torch.Tensor) -> torch.Tensor:
     """factor_EPTT: `passes.sub_factors` of all columns."""
     hessian_EKK, factor_EKK = curvature.hessian_EKK, curvature.factor_EKK
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()

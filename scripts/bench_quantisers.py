@@ -4,8 +4,8 @@
     python scripts/bench_quantisers.py IQ2_XXS Q4_K
 
 Experts of Qwen3-30B-A3B's shape: gate and up 768 x 2048, which share a Hessian, and down 2048 x 768. Feedback's time
-includes factoring the Hessians; "by rows" those make up for each other too, and what tells how is factored as well: for
-each expert's gate and up, once for what all down projections give, as in a layer. The ratios are medians over the rounds.
+includes factoring the Hessians; "by rows" those make up for each other too, and what tells how is factored as well, for
+all down projections once, as in a layer. The ratios are medians over the rounds.
 """
 
 import argparse

@@ -244,7 +244,7 @@ def test_sweeps_lower_the_error_of_every_row(
 
 
 def test_factors_of_hardly_definite_hessians() -> None:
-    """48 tokens of 300 columns: with little damping, and with so little, just held by f32, that rounding leaves less."""
+    """48 tokens of 300 columns, with little damping, and with so little, just held by f32, that rounding undoes it."""
     x_nK = torch.randn(48, 300, generator=torch.Generator().manual_seed(0)).sign()
     for exponent, fails in ((-12, False), (-18, True)):
         hessian_EKK = (x_nK.T @ x_nK)[None] + 2.0**exponent * torch.eye(300)
