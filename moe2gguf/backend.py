@@ -137,7 +137,7 @@ def first_pass(codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor)
     scale_PEN, low_PEN = passes_cpu.fits(weight_SEN, cost_SE, how, unit, multiple, of_type)
     d_EN, dmin_EN = scales.block_scales(codec, scale_PEN, low_PEN if codec.has_minimum else None)
     code_CEN, negative_SEN, sub_PEN, minimum_PEN, error_SEN = passes_cpu.first_pass(
-        weight_SEN, factor_ESS, passes.of_subs(codec, factor_ESS), d_EN.float(),
+        weight_SEN, factor_ESS, passes.diagonal_blocks(factor_ESS, codec.sub_weights), d_EN.float(),
         None if dmin_EN is None else dmin_EN.float(), how, unit, scales.first_multiples(codec), of_type,
     )  # fmt: skip
     return Block(code_CEN, negative_SEN, d_EN, sub_PEN, dmin_EN, minimum_PEN), error_SEN

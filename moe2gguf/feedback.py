@@ -7,15 +7,16 @@ would hold them, on the weights as they are by then, and goes on with the one wh
 
 Then sweeps: each sub-block is walked again, towards what makes up best for the errors of all others as they have
 become, with the scale that it has and those next to it; what does not lower the output error is not taken. (Coordinate
-descent; with single codes for sub-blocks: CDQuant, arXiv:2406.17542.)
+descent; with single codes for sub-blocks: CDQuant, arXiv:2406.17542.) One sweep goes through a block before the walk
+leaves it, while the columns after it can still make up for anything: it costs a fraction of one through all columns.
 
 Rows can make up for each other too (`quantize_by_rows`): an error of one output is undone in part by others, as far as
 the model minds them together.
 
 Columns lead in memory, so that a step over one column of all rows is contiguous.
 
-Shapes: E experts, N rows, K columns, S weights of a block of the file, P sub-blocks of it, T weights of a sub-block,
-C codes of a block, B bytes.
+Shapes: E experts, N rows, K columns, B blocks of a row and, where they are packed, its bytes, S weights of a block,
+P sub-blocks of it, T weights of a sub-block, C codes of a block.
 """
 
 import dataclasses
@@ -38,9 +39,7 @@ from moe2gguf.walk import feed_back, product
 TILE_ROWS = 64
 # a job's steps should be long against what it takes to call them, and its arrays short against the cache
 ROWS_PER_JOB = 512
-# the first takes most of what there is to gain; from so many bits on it is less than what kernels lose by rounding
-# activations to 8 bits
-SWEEPS = 2
+# from so many bits on later sweeps gain less than what kernels lose by rounding activations to 8 bits
 UNSWEPT_BITS = 6
 # where rows make up for each other: of all rows about a 16th at a time, in whole tiles of the kernels' where that makes
 # a dozen blocks, and so many rows in a job, whatever their experts
@@ -76,6 +75,35 @@ def damped(hessian_EKK: torch.Tensor, damping: float) -> torch.Tensor:
     return damped_EKK
 
 
+@dataclass(frozen=True)
+class _BlockCosts:
+    """Of a curvature, what errors in each block of a type cost: B blocks of so many columns."""
+
+    root_EBSS: torch.Tensor  # U⁻¹ of the block
+    ahead_EBSS: torch.Tensor  # where the columns after the block make up for errors, in the place of H: U⁻¹ U⁻ᵀ
+    ahead_EBPTT: torch.Tensor  # `passes.sub_factors` of that
+    factor_EBPTT: torch.Tensor  # and of H
+
+    @staticmethod
+    def of_type(codec: Codec, curvature: Curvature) -> "_BlockCosts":
+        own_EBSS = passes.diagonal_blocks(curvature.factor_EKK, codec.block_weights)
+        one_SS = torch.eye(codec.block_weights, device=own_EBSS.device)
+        root_EBSS = torch.linalg.solve_triangular(own_EBSS, one_SS, upper=True)
+        ahead_EBSS = root_EBSS @ root_EBSS.mT
+        shape = (*own_EBSS.shape[:2], codec.n_subs, codec.sub_weights, codec.sub_weights)
+        return _BlockCosts(
+            root_EBSS,
+            ahead_EBSS,
+            passes.sub_factors(codec, ahead_EBSS.flatten(0, 1)).view(shape),
+            passes.sub_factors(codec, curvature.hessian_EKK).view(shape),
+        )
+
+    def of(self, experts: slice) -> "_BlockCosts":
+        return _BlockCosts(
+            self.root_EBSS[experts], self.ahead_EBSS[experts], self.ahead_EBPTT[experts], self.factor_EBPTT[experts]
+        )
+
+
 def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
     """What a block of rows makes up for, of each row's error before it: f32 (E, N, N), for second moments G of the
     loss's gradient by the outputs, damped. With G = R Rᵀ it is R over its blocks on the diagonal."""
@@ -101,13 +129,13 @@ def quantize_by_rows(
     least tr(G Δ H Δᵀ), what an error Δ costs the model where outputs' gradients and inputs are independent. (Feedback
     to both sides: YAQA, arXiv:2505.22988.)"""
     codec, (_, n_rows, _) = CODECS[quant_type], weight_ENK.shape
-    factor_EPTT = passes.sub_factors(codec, curvature.hessian_EKK)
+    costs = _BlockCosts.of_type(codec, curvature)
     error_ENK = torch.empty_like(weight_ENK)
     parts = []
     for start in range(0, n_rows, step := _row_block(n_rows)):
         own = slice(start, start + step)
         made_up_ERK = row_feedback_ENN[:, :start, own].mT @ error_ENK[:, :start]
-        blocks_ERB = _in_jobs(codec, weight_ENK[:, own] + made_up_ERK, curvature, factor_EPTT, pool, ROW_BLOCK_LANES)
+        blocks_ERB = _in_jobs(codec, weight_ENK[:, own] + made_up_ERK, curvature, costs, pool, ROW_BLOCK_LANES)
         error_ENK[:, own] = weight_ENK[:, own] - _decoded(blocks_ERB, quant_type)
         parts.append(blocks_ERB)
     return torch.cat(parts, 1)
@@ -140,26 +168,26 @@ def quantize(
 ) -> torch.Tensor:
     """The experts' rows in QUANT_TYPE with error feedback: uint8 (E, N, B), on the weights' device."""
     codec = CODECS[quant_type]
-    factor_EPTT = passes.sub_factors(codec, curvature.hessian_EKK)
-    return _in_jobs(codec, weight_ENK, curvature, factor_EPTT, pool, rows_per_job)
+    costs = _BlockCosts.of_type(codec, curvature)
+    return _in_jobs(codec, weight_ENK, curvature, costs, pool, rows_per_job)
 
 
 def _in_jobs(
     codec: Codec,
     weight_ENK: torch.Tensor,
     curvature: Curvature,
-    factor_EPTT: torch.Tensor,
+    costs: _BlockCosts,
     pool: ThreadPoolExecutor,
     rows_per_job: int,
 ) -> torch.Tensor:
     if not weight_ENK.is_cpu:
-        return _quantize(codec, weight_ENK, curvature, factor_EPTT)
+        return _quantize(codec, weight_ENK, curvature, costs)
     n_experts, n_rows, _ = weight_ENK.shape
     n_step, e_step = min(n_rows, rows_per_job), max(1, rows_per_job // n_rows)
 
     def job(e: int, n: int) -> Future[torch.Tensor]:
         own = slice(e, e + e_step)
-        return pool.submit(_quantize, codec, weight_ENK[own, n : n + n_step], curvature.of(own), factor_EPTT[own])
+        return pool.submit(_quantize, codec, weight_ENK[own, n : n + n_step], curvature.of(own), costs.of(own))
 
     with single_threaded():
         jobs = [[job(e, n) for n in range(0, n_rows, n_step)] for e in range(0, n_experts, e_step)]
@@ -188,30 +216,41 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, factor_EPTT: torch.Tensor) -> torch.Tensor:
-    """factor_EPTT: `passes.sub_factors` of all columns."""
-    hessian_EKK, factor_EKK = curvature.hessian_EKK, curvature.factor_EKK
+def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, costs: _BlockCosts) -> torch.Tensor:
+    hessian_EKK, factor_EKK, (n_early, n_late) = curvature.hessian_EKK, curvature.factor_EKK, _sweeps(codec)
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()
     found_KEN = weight_KEN.clone()
     size = codec.block_weights
     owns = [slice(start, start + size) for start in range(0, len(weight_KEN), size)]
     blocks = []
-    for own in owns:
-        block, error_SEN = backend.first_pass(codec, found_KEN[own], factor_EKK[:, own, own])
-        # the columns after it make up for its error, and it stays what it is without it
-        feed_back(found_KEN[own.start :], error_SEN, factor_EKK[:, own, own.start :])
+    for i, own in enumerate(owns):
+        left_SEN, factor_ESS = found_KEN[own].clone(), factor_EKK[:, own, own]
+        block, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
+        found_SEN, slope_SEN = left_SEN - product(factor_ESS.mT, error_SEN), -product(costs.root_EBSS[:, i], error_SEN)
+        for _ in range(n_early):
+            ahead_ESS, ahead_EPTT = costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
+            block, found_SEN, slope_SEN = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
+        found_KEN[own] = found_SEN
+        error_SEN = product(costs.root_EBSS[:, i].mT, left_SEN - found_SEN)
+        feed_back(found_KEN[own.stop :], error_SEN, factor_EKK[:, own, own.stop :])
         blocks.append(block)
     miss_KEN = found_KEN.sub_(weight_KEN)
-    for _ in range(SWEEPS if ggml.bits_per_weight(codec.quant_type) < UNSWEPT_BITS else 0):
+    for _ in range(n_late):
         for i, own in enumerate(owns):
             slope_SEN, found_SEN = product(hessian_EKK[:, own], miss_KEN), weight_KEN[own] + miss_KEN[own]
-            own_ESS = hessian_EKK[:, own, own]
-            subs_EPTT = factor_EPTT[:, i * codec.n_subs : (i + 1) * codec.n_subs]
-            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], found_SEN, slope_SEN, own_ESS, subs_EPTT)
+            own_ESS, own_EPTT = hessian_EKK[:, own, own], costs.factor_EBPTT[:, i]
+            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], found_SEN, slope_SEN, own_ESS, own_EPTT)
             blocks[i], found_SEN = _refit(codec, block, found_SEN, slope_SEN, own_ESS)
             miss_KEN[own] = found_SEN - weight_KEN[own]
     shape = (*weight_ENK.shape[:2], -1)
     return torch.cat([backend.pack(codec, block.fields(codec)).view(shape) for block in blocks], -1)
+
+
+def _sweeps(codec: Codec) -> tuple[int, int]:
+    """Through a block as the walk leaves it, where it has sub-blocks to make up for each other, and through all blocks
+    after the walk; more gain little."""
+    n_early = 1 if codec.n_subs > 1 else 0
+    return n_early, 0 if ggml.bits_per_weight(codec.quant_type) >= UNSWEPT_BITS else 2 - n_early
 
 
 def _refit(

@@ -125,13 +125,13 @@ def sweep(
 
 def sub_factors(codec: Codec, hessian_EKK: torch.Tensor) -> torch.Tensor:
     """U of each sub-block's own Hessian, f32 (E, P, T, T); of one block, or of more."""
-    own_EPTT = of_subs(codec, hessian_EKK)
+    own_EPTT = diagonal_blocks(hessian_EKK, codec.sub_weights)
     return inverse_factor(own_EPTT.flatten(0, 1)).view_as(own_EPTT)
 
 
-def of_subs(codec: Codec, matrix_EKK: torch.Tensor) -> torch.Tensor:
-    """The sub-blocks' own parts, (E, P, T, T)."""
-    split = -1, codec.sub_weights
+def diagonal_blocks(matrix_EKK: torch.Tensor, size: int) -> torch.Tensor:
+    """(E, P, T, T), T = size"""
+    split = -1, size
     own_ETTP = matrix_EKK.unflatten(1, split).unflatten(3, split).diagonal(dim1=1, dim2=3)
     return own_ETTP.permute(0, 3, 1, 2).contiguous()
 

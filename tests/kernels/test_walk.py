@@ -69,7 +69,6 @@ def test_quantising_with_the_kernels(
 ) -> None:
     """Whole rows, with feedback between sub-blocks and blocks."""
     monkeypatch.setattr("moe2gguf.scales.CODEBOOK_TRIES", (1.0,))
-    monkeypatch.setattr("moe2gguf.feedback.SWEEPS", 1)
     codec = CODECS[QuantType[name]]
     weight_ENK = torch.randn(n_experts, 3, n_columns, generator=torch.Generator().manual_seed(2))
     hessian_EKK = torch.stack([torch.from_numpy(correlated(n_columns, 1.0, seed)) for seed in range(n_experts)])
