@@ -9,7 +9,8 @@ J candidate types, n tokens of one expert or of a sample.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from moe2gguf.backward import backward
 from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
-from moe2gguf.measure import ExpertErrors, Measure
+from moe2gguf.interim import Interim, Passed
+from moe2gguf.measure import Measure
 from moe2gguf.moments import Sums
-from moe2gguf.probes import Probe, Probes
+from moe2gguf.probes import Probes
 from moe2gguf.skip import drop_harm
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
 from moe2gguf.stream import LayerStream
@@ -53,132 +55,175 @@ def calibrate(
     seed: int,
     scratch_folder: Path,
     progress: Progress,
+    note: Callable[[str], None] = lambda _: None,
 ) -> CalibrationStats:
     """Runs all of the text through the model once, and n_probe_tokens of it through the probes, whose hidden states
-    lie in the scratch folder where they are many."""
-    tokens_SL = torch.from_numpy(text.tokens_SL)
-    n_sequences, length = tokens_SL.shape
-    rng = np.random.default_rng(seed)
-    batch_sequences = max(1, BATCH_TOKENS // length)
+    lie in the scratch folder where they are many. Goes on from what an earlier run has left there."""
+    n_sequences, length = text.tokens_SL.shape
     n_probe_sequences = min(n_sequences, max(1, n_probe_tokens // length))
-    layers: dict[int, ExpertStats] = {}
-    importance: dict[str, np.ndarray] = {}
-    error_EJ: dict[str, np.ndarray] = {}
-    expert_errors: dict[int, ExpertErrors] = {}
-    graded: Graded | None = None
-
-    with encoding_threads(n_threads) as pool:
-        measure = Measure(types, pool)
-        # spread over the text, which may be several files of different kinds
-        probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
-        probes = Probes(stream, pool, batch_sequences, tokens_SL[probed], scratch_folder)
-        n_vocabulary = len(stream.embedding_VD)
-        share_V = np.bincount(text.tokens_SL.ravel(), minlength=n_vocabulary) / text.tokens_SL.size
-        error_EJ["embed_tokens"] = measure.embedding(stream.embedding_VD.numpy(), share_V, rng)
-
-        hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
-        for index in range(stream.n_layers):
-
-            def step(what: str, done: int, total: int, index: int = index) -> None:
-                progress(f"layer {index + 1}/{stream.n_layers}: {what}", done, total)
-
-            with stream.layer(index) as layer:
-                block = find_experts(layer)
-                capture = LayerCapture(layer, block)
-                with capture.listening():
-                    for start in range(0, n_sequences, batch_sequences):
-                        step("statistics", start, n_sequences)
-                        batch = hidden_SLD[start : start + batch_sequences]
-                        batch.copy_(stream.run(index, layer, batch))
-                probes.advance(index, layer, lambda done, total: step("probes", done, total))
-                for path, matrix in capture.matrices.items():
-                    name = f"layers.{index}.{path}"
-                    importance[name] = matrix.importance_K()
-                    error_EJ[name] = measure.matrix(matrix, rng)
-                    probes.branch_matrix(index, layer, name, matrix)
-                if block is not None:
-                    stats = expert_statistics(block, capture, n_sequences)
-                    layers[index] = stats
-                    if sensitivity == "probe":
-                        expert_errors[index] = measure.experts(
-                            block, capture, stats, rng, lambda done, total: step("errors", done, total)
-                        )
-                    probes.branch_experts(index, layer, block, stats)
-                del capture
-                probes.pass_layer(index, layer)
-
-        head = MatrixCapture(stream.head)
-        with head.listening():
-            for batch in hidden_SLD.split(batch_sequences):
-                # the head's inputs are what the final norm makes of the stream; a part of it is sample enough
-                stream.logits(batch[:, -length // 8 :])
-        importance["lm_head"] = head.importance_K()
-        error_EJ["lm_head"] = measure.matrix(head, rng)
-        found = probes.finish(head, lambda done, total: progress("probes: KL divergence", done, total))
-        del hidden_SLD
-        if sensitivity == "gradient":
-            n_chosen = min(n_sequences, max(1, GRADED_TOKENS // length))
-            chosen = torch.linspace(0, n_sequences - 1, n_chosen).round().long()
-            graded = graded_errors(
-                stream, tokens_SL[chosen], layers, measure, rng, seed, batch_sequences, scratch_folder, progress
-            )
-            expert_errors = graded.errors
-    errors = {name: MatrixErrors(error_1J, *_columns(found[name])) for name, error_1J in error_EJ.items()}
-    for index, of in expert_errors.items():
-        gate_up, down = f"layers.{index}.gate_up", f"layers.{index}.down"
-        errors[gate_up] = MatrixErrors(of.gate_up_EJ, *_columns(found[gate_up]), of.gate_share_EJ, of.graded_gate_up_EJ)
-        errors[down] = MatrixErrors(of.down_EJ, *_columns(found[down]), None, of.graded_down_EJ)
-
-    return CalibrationStats(
+    nothing = CalibrationStats(
         types=types,
         source_sha256=source_sha256,
-        n_tokens=tokens_SL.numel(),
+        n_tokens=text.tokens_SL.size,
         n_probe_tokens=n_probe_sequences * length,
         seed=seed,
         tokens_SL=text.tokens_SL.astype(np.int32),
         text=text.origin,
         digest=text.digest,
         request=request,
-        layers=layers,
-        importance=importance,
-        errors={name: errors[name] for name in found},
-        embedding_moments_2DD=None if graded is None else graded.embedding_moments_2DD,
-        output_moments={} if graded is None else graded.output_moments,
+        layers={},
+        importance={},
+        errors={},
     )
+    with encoding_threads(n_threads) as pool:
+        forward = _Forward(stream, nothing, pool, n_probe_sequences, sensitivity, scratch_folder, progress)
+        interim = Interim(scratch_folder)
+        if (passed := interim.load(nothing)) is not None:
+            forward.go_on(passed)
+            note(f"an earlier run passed {min(passed.n_passed, stream.n_layers)} of {stream.n_layers} layers: going on")
+        while forward.n_passed <= stream.n_layers:
+            if forward.n_passed < stream.n_layers:
+                forward.pass_layer()
+            else:
+                forward.pass_head()
+            interim.save(forward.n_passed, forward.stats, forward.rng.bit_generator.state, forward.streams())
+        stats = forward.stats()
+        if sensitivity == "gradient":
+            stats = graded(stream, stats, forward.measure, forward.rng, scratch_folder, progress)
+    return stats
 
 
-def _columns(probes: tuple[Probe, ...]) -> tuple[tuple[QuantType, ...], np.ndarray]:
-    return tuple(probe.quant_type for probe in probes), np.array([probe.kl for probe in probes], np.float64)
+class _Forward:
+    """The way through all layers, and the head: what is found on it, and the streams."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        nothing: CalibrationStats,
+        pool: ThreadPoolExecutor,
+        n_probe_sequences: int,
+        sensitivity: str,
+        scratch_folder: Path,
+        progress: Progress,
+    ):
+        self._stream, self._nothing, self._sensitivity, self._progress = stream, nothing, sensitivity, progress
+        tokens_SL = torch.from_numpy(nothing.tokens_SL).long()
+        n_sequences, length = tokens_SL.shape
+        self._batch_sequences = batch_sequences(length)
+        self.measure, self.rng = Measure(nothing.types, pool), np.random.default_rng(nothing.seed)
+        # spread over the text, which may be several files of different kinds
+        probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
+        self._probes = Probes(stream, pool, self._batch_sequences, tokens_SL[probed], scratch_folder)
+        share_V = np.bincount(nothing.tokens_SL.ravel(), minlength=len(stream.embedding_VD)) / nothing.tokens_SL.size
+        self._layers: dict[int, ExpertStats] = {}
+        self._importance: dict[str, np.ndarray] = {}
+        self._errors = {
+            "embed_tokens": _unprobed(self.measure.embedding(stream.embedding_VD.numpy(), share_V, self.rng))
+        }
+        self._hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(self._batch_sequences)])
+        self.n_passed = 0
+
+    def go_on(self, passed: Passed) -> None:
+        self.n_passed, self.rng.bit_generator.state = passed.n_passed, passed.random_state
+        self._layers, self._importance, self._errors = (
+            dict(passed.stats.layers), dict(passed.stats.importance), dict(passed.stats.errors)
+        )  # fmt: skip
+        if passed.streams:
+            self._hidden_SLD = passed.stream("text", self._hidden_SLD.shape)
+            self._probes.go_on(passed)
+
+    def stats(self) -> CalibrationStats:
+        return dataclasses.replace(self._nothing, layers=self._layers, importance=self._importance, errors=self._errors)
+
+    def streams(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """None after the head."""
+        if self.n_passed <= self._stream.n_layers:
+            yield "text", self._hidden_SLD
+            yield from self._probes.streams()
+
+    def pass_layer(self) -> None:
+        stream, probes, index, n_sequences = self._stream, self._probes, self.n_passed, len(self._hidden_SLD)
+
+        def step(what: str, done: int, total: int) -> None:
+            self._progress(f"layer {index + 1}/{stream.n_layers}: {what}", done, total)
+
+        with stream.layer(index) as layer:
+            block = find_experts(layer)
+            capture = LayerCapture(layer, block)
+            with capture.listening():
+                for start in range(0, n_sequences, self._batch_sequences):
+                    step("statistics", start, n_sequences)
+                    batch = self._hidden_SLD[start : start + self._batch_sequences]
+                    batch.copy_(stream.run(index, layer, batch))
+            probes.advance(index, layer, lambda done, total: step("probes", done, total))
+            for path, matrix in capture.matrices.items():
+                name = f"layers.{index}.{path}"
+                self._importance[name] = matrix.importance_K()
+                self._errors[name] = _unprobed(self.measure.matrix(matrix, self.rng))
+                probes.branch_matrix(index, layer, name, matrix)
+            if block is not None:
+                self._layers[index] = stats = expert_statistics(block, capture, n_sequences)
+                if self._sensitivity == "probe":
+                    found = self.measure.experts(
+                        block, capture, stats, self.rng, lambda done, total: step("errors", done, total)
+                    )
+                    self._errors[f"layers.{index}.gate_up"] = _unprobed(found.gate_up_EJ, found.gate_share_EJ)
+                    self._errors[f"layers.{index}.down"] = _unprobed(found.down_EJ)
+                probes.branch_experts(index, layer, block, stats)
+            del capture
+            probes.pass_layer(index, layer)
+        self.n_passed += 1
+
+    def pass_head(self) -> None:
+        stream, length = self._stream, self._hidden_SLD.shape[1]
+        head = MatrixCapture(stream.head)
+        with head.listening():
+            for batch in self._hidden_SLD.split(self._batch_sequences):
+                # the head's inputs are what the final norm makes of the stream; a part of it is sample enough
+                stream.logits(batch[:, -length // 8 :])
+        self._importance["lm_head"] = head.importance_K()
+        self._errors["lm_head"] = _unprobed(self.measure.matrix(head, self.rng))
+        found = self._probes.finish(head, lambda done, total: self._progress("probes: KL divergence", done, total))
+        # of experts whose errors are weighed by the gradient only these are known
+        unknown = _unprobed(np.empty((0, len(self._nothing.types))))
+        self._errors = {
+            name: dataclasses.replace(
+                self._errors.get(name, unknown),
+                probe_types=tuple(probe.quant_type for probe in probes),
+                probe_kl=np.array([probe.kl for probe in probes], np.float64),
+            )
+            for name, probes in found.items()
+        }
+        self._hidden_SLD = self._hidden_SLD[:0]
+        self.n_passed += 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Graded:
-    """By layer, errors and what they cost by the loss's gradient, and its second moments: by the experts' output, f16
-    (D, D), over the mean of the diagonal; by an embedding, f32 (2, D, D), of most tokens and of those held out."""
+def batch_sequences(length: int) -> int:
+    return max(1, BATCH_TOKENS // length)
 
-    errors: dict[int, ExpertErrors]
-    output_moments: dict[int, np.ndarray]
-    embedding_moments_2DD: np.ndarray
+
+def _unprobed(error_EJ: np.ndarray, gate_share_EJ: np.ndarray | None = None) -> MatrixErrors:
+    return MatrixErrors(error_EJ, (), np.empty(0), gate_share_EJ)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def graded_errors(
+def graded(
     stream: LayerStream,
-    tokens_SL: torch.Tensor,
-    layers: dict[int, ExpertStats],
+    stats: CalibrationStats,
     measure: Measure,
     rng: np.random.Generator,
-    seed: int,
-    batch_sequences: int,
     scratch_folder: Path,
     progress: Progress,
-) -> Graded:
-    """By the gradient of the loss on labels drawn from the model: the mean of its square is the curvature of the KL
-    divergence."""
-    labels = torch.Generator().manual_seed(seed)
+) -> CalibrationStats:
+    """With experts' errors, what they cost by the gradient of the loss on labels drawn from the model, and its second
+    moments: the mean of its square is the curvature of the KL divergence."""
+    n_sequences, length = stats.tokens_SL.shape
+    chosen = torch.linspace(0, n_sequences - 1, min(n_sequences, max(1, GRADED_TOKENS // length))).round().long()
+    tokens_SL = torch.from_numpy(stats.tokens_SL).long()[chosen]
+    labels = torch.Generator().manual_seed(stats.seed)
     captures: dict[int, GradedCapture] = {}
-    found: dict[int, ExpertErrors] = {}
+    errors = dict(stats.errors)
     output_moments: dict[int, np.ndarray] = {}
 
     def loss(logits_lV: torch.Tensor, _sequence: int, _tokens: slice) -> torch.Tensor:
@@ -200,21 +245,34 @@ def graded_errors(
             gradient_TD = capture.gradient_TD()
             moments_DD = gradient_TD.T @ gradient_TD
             output_moments[index] = (moments_DD / moments_DD.diagonal().mean().clamp_min(1e-30)).half().numpy()
-            found[index] = measure.experts(
-                block, capture, layers[index], rng,
+            found = measure.experts(
+                block, capture, stats.layers[index], rng,
                 lambda done, total: progress(f"layer {index + 1}/{stream.n_layers}: errors by gradient", done, total),
                 gradient_TD,
             )  # fmt: skip
+            for name, error_EJ, gate_share_EJ, graded_EJ in (
+                (f"layers.{index}.gate_up", found.gate_up_EJ, found.gate_share_EJ, found.graded_gate_up_EJ),
+                (f"layers.{index}.down", found.down_EJ, None, found.graded_down_EJ),
+            ):
+                errors[name] = dataclasses.replace(
+                    errors[name], error_EJ=error_EJ, gate_share_EJ=gate_share_EJ, graded_EJ=graded_EJ
+                )
 
-    hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(batch_sequences)])
+    at_once = batch_sequences(length)
+    hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(at_once)])
     _, gradient_SLD = backward(
-        stream, hidden_SLD, loss, prepare=lambda *_: None, finish=finish, batch_sequences=batch_sequences,
+        stream, hidden_SLD, loss, prepare=lambda *_: None, finish=finish, batch_sequences=at_once,
         scratch_folder=scratch_folder, listen=listen,
     )  # fmt: skip
     sums = Sums.zeros(gradient_SLD.shape[-1])
     for gradient_LD in gradient_SLD:
         sums.add(gradient_LD)
-    return Graded(found, output_moments, torch.stack([sums.fit_KK, sums.held_out_KK]).numpy())
+    return dataclasses.replace(
+        stats,
+        errors=errors,
+        embedding_moments_2DD=torch.stack([sums.fit_KK, sums.held_out_KK]).numpy(),
+        output_moments=output_moments,
+    )
 
 
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:

@@ -26,6 +26,7 @@ from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, check_target, file_bytes, write_gguf
 from moe2gguf.imatrix import read_imatrix, with_imatrix
+from moe2gguf.interim import remove_interim
 from moe2gguf.llama import available_cores
 from moe2gguf.provenance import changed_values, provenance
 from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
@@ -340,8 +341,10 @@ def calibrated(
         seed=calibration.seed,
         scratch_folder=work,
         progress=progress,
+        note=note,
     )
     save_stats(stats, path)
+    remove_interim(work)
     sigma = balance(np.stack([layer.n_tokens_E for layer in stats.layers.values()]))
     note(f"the text uses the experts to within σ = {sigma:.4f} of evenly")
     return stats

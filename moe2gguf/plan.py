@@ -186,11 +186,13 @@ def make_plan(
                 )
             )
         ),
-        # before: what of the probes is too much for memory; after: experts until the file is written
+        # before: what of the probes is too much for memory, and all streams in what a killed run goes on from, twice
+        # while it is renewed; after: experts until the file is written
         disk_bytes=allocation.tensor_bytes
         + moments_bytes
         + max(
-            sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden, branches_bytes - BRANCHES_BYTES
+            sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden,
+            max(0, branches_bytes - BRANCHES_BYTES) + 2 * (hidden + branches_bytes),
         )
         + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
         # the pruned checkpoint, in 16 bits

@@ -21,6 +21,7 @@ from moe2gguf import ggml
 from moe2gguf.capture import MatrixCapture
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.ggml import QuantType
+from moe2gguf.interim import Passed
 from moe2gguf.states import States
 from moe2gguf.stats import ExpertStats
 from moe2gguf.stream import LayerStream
@@ -70,6 +71,20 @@ class Probes:
     @property
     def n_branches(self) -> int:
         return len(self._branches)
+
+    def streams(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "clean", self._clean_SLD
+        for name, quant_type in self._branches:
+            yield f"{name} {quant_type.name}", self._branches[name, quant_type]
+
+    def go_on(self, passed: Passed) -> None:
+        """From `streams` of an earlier run."""
+        shape = self._clean_SLD.shape
+        self._clean_SLD = passed.stream("clean", shape)
+        for stream in passed.streams:
+            name, _, quant_type = stream.rpartition(" ")
+            if name:
+                self._branches[name, QuantType[quant_type]] = passed.stream(stream, shape)
 
     def _embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
         return torch.cat([self._stream.embed(batch) for batch in tokens_SL.split(self._batch)])

@@ -70,5 +70,6 @@ class States(Generic[Key]):
         return torch.from_numpy(values).view(1, n, width)
 
     def close(self) -> None:
+        self._in_memory.clear()
         if self._folder is not None:
             self._folder.cleanup()

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from moe2gguf import ggml
-from moe2gguf.calibrate import Graded, calibrate, expert_statistics, graded_errors
+from moe2gguf.calibrate import calibrate, expert_statistics, graded
 from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import ExpertErrors, Measure
 from moe2gguf.pipeline import no_progress
-from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, load_stats, save_stats
+from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 from tests.tiny_moe import load_whole
@@ -188,14 +188,18 @@ def test_embedding_errors_count_as_often_as_tokens_occur() -> None:
 N_DRAWS = 16
 
 
-def _draws(folder: Path, captured: Captured, scratch_folder: Path) -> Iterator[Graded]:
+def _draws(folder: Path, captured: Captured, scratch_folder: Path) -> Iterator[CalibrationStats]:
     """Of labels."""
+    unknown = MatrixErrors(np.empty((0, 1)), (), np.empty(0))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         for seed in range(N_DRAWS):
-            yield graded_errors(
-                LayerStream(folder), torch.from_numpy(TOKENS_SL), {0: captured.stats, 1: captured.stats},
-                Measure((QuantType.Q8_0,), pool), np.random.default_rng(0), seed, 4, scratch_folder, no_progress,
+            stats = CalibrationStats(
+                types=(QuantType.Q8_0,), source_sha256="", n_tokens=TOKENS_SL.size, n_probe_tokens=0, seed=seed,
+                tokens_SL=TOKENS_SL, text="", digest="", request="", layers=dict.fromkeys((0, 1), captured.stats),
+                importance={}, errors={f"layers.{i}.{p}": unknown for i in (0, 1) for p in ("gate_up", "down")},
             )  # fmt: skip
+            measure = Measure(stats.types, pool)
+            yield graded(LayerStream(folder), stats, measure, np.random.default_rng(0), scratch_folder, no_progress)
 
 
 def test_small_errors_cost_what_the_gradient_says(
@@ -206,12 +210,13 @@ def test_small_errors_cost_what_the_gradient_says(
     monkeypatch.setattr("moe2gguf.measure.SHRINKAGE_TOKENS", 0)
     folder = tiny("qwen3_moe", **SMALL)
     captured, tokens_SL = Captured(folder), torch.from_numpy(TOKENS_SL)
-    graded, output_DD = np.zeros((2, captured.block.n_experts)), 0.0
+    found, output_DD = np.zeros((2, captured.block.n_experts)), 0.0
     for draw in _draws(folder, captured, tmp_path):
-        found = draw.errors[1]
         output_DD = output_DD + draw.output_moments[1].astype(np.float64) / N_DRAWS
-        assert found.graded_gate_up_EJ is not None and found.graded_down_EJ is not None
-        graded += np.stack([found.graded_gate_up_EJ[:, 0], found.graded_down_EJ[:, 0]]) / N_DRAWS
+        for p, projection in enumerate(("gate_up", "down")):
+            graded_EJ = draw.errors[f"layers.1.{projection}"].graded_EJ
+            assert graded_EJ is not None
+            found[p] += graded_EJ[:, 0] / N_DRAWS
     model = load_whole(folder).requires_grad_(False).double()
     block = find_experts(model.model.layers[1])
     assert block is not None
@@ -232,7 +237,7 @@ def test_small_errors_cost_what_the_gradient_says(
             other_SLV = model(tokens_SL).logits.log_softmax(-1)
             put(expert, exact)
             kl = float((clean_SLV.exp() * (clean_SLV - other_SLV)).sum(-1).mean())
-            ratios.append(graded[p, expert] * n / (n + 1) / kl)
+            ratios.append(found[p, expert] * n / (n + 1) / kl)
     assert len(ratios) == 12
     # drawn labels and the independence of rows: each expert within a half, all together within a tenth
     assert np.mean(ratios) == pytest.approx(1, rel=0.1)

@@ -25,11 +25,13 @@ from moe2gguf.stats import CalibrationStats
 from moe2gguf.streams import Matrix
 from tests.conftest import cheap_measurements
 
-# each is there after the stage that the one before it began: the model to sample from, its text, the statistics, one
-# layer, both, the routers, the file being written
+# each is there after the stage that the one before it began: the model to sample from, its text, a layer of the
+# calibration, all and the head, the statistics, one layer of experts, both, the routers, the file being written
 MOMENTS = (
     "work/sampling-q8_0.gguf",
     "work/text.safetensors",
+    "work/calibrating-0001",
+    "work/calibrating-0003",
     "work/stats.safetensors",
     "work/experts-*/layer-0000.safetensors",
     "work/experts-*/layer-0001.safetensors",
@@ -44,6 +46,7 @@ ITSELF = Calibration(n_sequences=4, sequence_tokens=32, n_probe_tokens=64)
 def few_types() -> Iterator[None]:
     """None of those whose tables ggml computes for seconds in every process."""
     with cheap_measurements(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe2gguf.interim.INTERIM_SECONDS", 0.0)
         patch.setattr(pipeline, "CANDIDATES", (Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q6_K, Q.IQ4_NL, Q.Q5_0, Q.Q5_1, Q.Q8_0))
         yield
 
@@ -120,7 +123,8 @@ def test_killed_again_and_again(needs_runtime: None, tiny, tmp_path: Path) -> No
     notes = (folder / "notes").read_text()
     assert 1 <= n_from_statistics == notes.count("using the statistics in")
     assert n_from_text == notes.count("using the text in")
-    assert not [*folder.glob("work/experts-*"), *folder.glob(".*")]
+    assert "an earlier run passed 1 of 2 layers" in notes and "an earlier run passed 2 of 2 layers" in notes
+    assert not [*folder.glob("work/experts-*"), *folder.glob("work/calibrating-*"), *folder.glob(".*")]
 
     folder, rng = tmp_path / "random", random.Random(0)
     folder.mkdir()

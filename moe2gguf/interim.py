@@ -1,0 +1,100 @@
+"""Where a calibration that was cut off goes on: what it had found, and its streams, after one of its layers.
+
+calibrating-0005/
+    stats.safetensors   what is found of the layers passed
+    interim.json        the random numbers' state, and the streams' names
+    0.f32, 1.f32, …     the streams
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.stats import CalibrationStats, load_stats, save_stats
+
+# more often it would cost more than it saves
+INTERIM_SECONDS = 300.0
+PREFIX = "calibrating-"
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What an earlier run left."""
+
+    folder: Path
+    n_passed: int  # layers, and the head as one more
+    stats: CalibrationStats  # of these
+    random_state: Mapping[str, Any]
+    streams: tuple[str, ...]
+
+    def stream(self, name: str, shape: torch.Size) -> torch.Tensor:
+        path = self.folder / f"{self.streams.index(name)}.f32"
+        return torch.from_numpy(np.fromfile(path, np.float32)).view(shape)
+
+
+class Interim:
+    def __init__(self, work_folder: Path):
+        self._work_folder, self._saved = work_folder, time.monotonic()
+
+    def save(
+        self,
+        n_passed: int,
+        stats: Callable[[], CalibrationStats],
+        random_state: Mapping[str, Any],
+        streams: Iterable[tuple[str, torch.Tensor]],
+    ) -> None:
+        """Where the last time is long enough ago; the one before goes."""
+        if time.monotonic() - self._saved < INTERIM_SECONDS:
+            return
+        folder = self._work_folder / f"{PREFIX}{n_passed:04}"
+        aside = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        save_stats(stats(), aside / "stats.safetensors")
+        names = []
+        for i, (name, state_SLD) in enumerate(streams):
+            names.append(name)
+            state_SLD.contiguous().numpy().tofile(aside / f"{i}.f32")
+        (aside / "interim.json").write_text(json.dumps({"random_state": random_state, "streams": names}))
+        before = [*_folders(self._work_folder)]
+        os.replace(aside, folder)
+        for old in before:
+            shutil.rmtree(old, ignore_errors=True)
+        self._saved = time.monotonic()
+
+    def load(self, wanted: CalibrationStats) -> Passed | None:
+        """Of the same request and text as those wanted."""
+        for folder in sorted(_folders(self._work_folder), reverse=True):
+            try:
+                stats = load_stats(folder / "stats.safetensors")
+                saved = json.loads((folder / "interim.json").read_text())
+                passed = Passed(
+                    folder, int(folder.name.removeprefix(PREFIX)), stats, saved["random_state"], tuple(saved["streams"])
+                )
+            except (Moe2ggufError, OSError, ValueError, KeyError):
+                continue
+            if _asked(stats) == _asked(wanted):
+                return passed
+        return None
+
+
+def remove_interim(work_folder: Path) -> None:
+    for folder in work_folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(work_folder: Path) -> Iterator[Path]:
+    return (folder for folder in work_folder.glob(f"{PREFIX}*") if folder.suffix != ".partial")
+
+
+def _asked(stats: CalibrationStats) -> tuple[object, ...]:
+    return stats.request, stats.source_sha256, stats.digest, stats.types, stats.seed, stats.n_probe_tokens
