@@ -39,7 +39,7 @@ from moe2gguf.walk import feed_back, product
 TILE_ROWS = 64
 # a job's steps should be long against what it takes to call them, and its arrays short against the cache
 ROWS_PER_JOB = 512
-# from so many bits on later sweeps gain less than what kernels lose by rounding activations to 8 bits
+# from so many bits on sweeps gain less than what kernels lose by rounding activations to 8 bits
 UNSWEPT_BITS = 6
 # where rows make up for each other: of all rows about a 16th at a time, in whole tiles of the kernels' where that makes
 # a dozen blocks, and so many rows in a job, whatever their experts
@@ -249,8 +249,9 @@ def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, cost
 def _sweeps(codec: Codec) -> tuple[int, int]:
     """Through a block as the walk leaves it, where it has sub-blocks to make up for each other, and through all blocks
     after the walk; more gain little."""
-    n_early = 1 if codec.n_subs > 1 else 0
-    return n_early, 0 if ggml.bits_per_weight(codec.quant_type) >= UNSWEPT_BITS else 2 - n_early
+    if ggml.bits_per_weight(codec.quant_type) >= UNSWEPT_BITS:
+        return 0, 0
+    return (1, 1) if codec.n_subs > 1 else (0, 2)
 
 
 def _refit(
