@@ -131,6 +131,8 @@ class _Forward:
         if passed.streams:
             self._hidden_SLD = passed.stream("text", self._hidden_SLD.shape)
             self._probes.go_on(passed)
+        else:
+            self._hidden_SLD = torch.empty(0)
 
     def stats(self) -> CalibrationStats:
         return dataclasses.replace(self._nothing, layers=self._layers, importance=self._importance, errors=self._errors)
@@ -194,7 +196,7 @@ class _Forward:
             )
             for name, probes in found.items()
         }
-        self._hidden_SLD = self._hidden_SLD[:0]
+        self._hidden_SLD = torch.empty(0)
         self.n_passed += 1
 
 
@@ -230,6 +232,9 @@ def graded(
         label_l1 = torch.multinomial(logits_lV.detach().softmax(-1), 1, generator=labels)
         return torch.nn.functional.cross_entropy(logits_lV, label_l1[:, 0], reduction="sum")
 
+    def prepare(index: int, _layer: nn.Module) -> None:
+        progress(f"layer {index + 1}/{stream.n_layers}: gradients", 0, 1)
+
     def listen(index: int, layer: nn.Module) -> AbstractContextManager:
         block = find_experts(layer)
         if block is None:
@@ -261,7 +266,7 @@ def graded(
     at_once = batch_sequences(length)
     hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(at_once)])
     _, gradient_SLD = backward(
-        stream, hidden_SLD, loss, prepare=lambda *_: None, finish=finish, batch_sequences=at_once,
+        stream, hidden_SLD, loss, prepare=prepare, finish=finish, batch_sequences=at_once,
         scratch_folder=scratch_folder, listen=listen,
     )  # fmt: skip
     sums = Sums.zeros(gradient_SLD.shape[-1])

@@ -16,8 +16,8 @@ from moe2gguf.text import CalibrationText
 from tests.test_calibrate import assert_same
 
 TOKENS_SL = np.random.default_rng(0).integers(0, 300, (3, 32))
-# what is said first of the layer after so many, of the head, and of the way back
-STEPS = {1: "layer 2/2: statistics", 2: "probes: KL divergence", 3: "layer 2/2: errors by gradient"}
+# what is said first of the layer after so many, of the head, and of the gradients
+STEPS = {1: "layer 2/2: statistics", 2: "probes: KL divergence", 3: "layer 1/2: gradients"}
 
 
 class CutOff(Exception):
