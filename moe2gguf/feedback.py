@@ -226,12 +226,13 @@ def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, cost
     for i, own in enumerate(owns):
         left_SEN, factor_ESS = found_KEN[own].clone(), factor_EKK[:, own, own]
         block, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
-        found_SEN, slope_SEN = left_SEN - product(factor_ESS.mT, error_SEN), -product(costs.root_EBSS[:, i], error_SEN)
+        found_SEN = left_SEN - product(factor_ESS.mT, error_SEN)
         for _ in range(n_early):
-            ahead_ESS, ahead_EPTT = costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
-            block, found_SEN, slope_SEN = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
+            root_ESS, ahead_ESS, ahead_EPTT = costs.root_EBSS[:, i], costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
+            slope_SEN = -product(root_ESS, error_SEN)
+            block, found_SEN, _ = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
+            error_SEN = product(root_ESS.mT, left_SEN - found_SEN)
         found_KEN[own] = found_SEN
-        error_SEN = product(costs.root_EBSS[:, i].mT, left_SEN - found_SEN)
         feed_back(found_KEN[own.stop :], error_SEN, factor_EKK[:, own, own.stop :])
         blocks.append(block)
     miss_KEN = found_KEN.sub_(weight_KEN)

@@ -175,10 +175,11 @@ def make_plan(
                     2 * largest_tensor,
                     outer_bytes + 2 * hidden,
                     LOADING * layer_bytes + 2 * hidden,
-                    # second moments of what each of its matrices is given, and one of them in f64 with its factor
+                    # second moments of what each of its matrices is given, and one of them with its factor
                     layer_bytes + 3 * hidden + _beside_bytes(source),
                     # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
-                    # given, second moments in f32 and f64, and their factors, of its outputs' gradients too
+                    # given, second moments and their factors, of its outputs' gradients too; as measured when these were
+                    # in f64 as well, which is more than they take now
                     layer_bytes
                     + 2 * hidden
                     + min(2 * hidden, AWAY_BYTES)
