@@ -65,10 +65,12 @@ class Interim:
             names.append(name)
             state_SLD.contiguous().numpy().tofile(aside / f"{i}.f32")
         (aside / "interim.json").write_text(json.dumps({"random_state": random_state, "streams": names}))
-        before = [*_folders(self._work_folder)]
+        others = [*_folders(self._work_folder)]
+        shutil.rmtree(folder, ignore_errors=True)  # of another request
         os.replace(aside, folder)
-        for old in before:
-            shutil.rmtree(old, ignore_errors=True)
+        for other in others:
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
         self._saved = time.monotonic()
 
     def load(self, wanted: CalibrationStats) -> Passed | None:

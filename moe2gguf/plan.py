@@ -178,8 +178,8 @@ def make_plan(
                     # second moments of what each of its matrices is given, and one of them with its factor
                     layer_bytes + 3 * hidden + _beside_bytes(source),
                     # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
-                    # given, second moments and their factors, of its outputs' gradients too; as measured when these were
-                    # in f64 as well, which is more than they take now
+                    # given, second moments and their factors, of its outputs' gradients too; as measured when these
+                    # were in f64 as well, which is more than they take now
                     layer_bytes
                     + 2 * hidden
                     + min(2 * hidden, AWAY_BYTES)

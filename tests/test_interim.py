@@ -10,7 +10,7 @@ import pytest
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.ggml import QuantType
 from moe2gguf.interim import PREFIX, Interim, remove_interim
-from moe2gguf.stats import CalibrationStats
+from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 from tests.test_calibrate import assert_same
@@ -24,11 +24,11 @@ class CutOff(Exception):
     pass
 
 
-def calibrated(model: Path, work: Path, progress: Progress, request: str = "", seed: int = 0) -> CalibrationStats:
+def calibrated(model: Path, work: Path, progress: Progress, request: str = "") -> CalibrationStats:
     work.mkdir(exist_ok=True)
     return calibrate(
         LayerStream(model), CalibrationText(TOKENS_SL, "random"), (QuantType.IQ4_NL, QuantType.Q5_0),
-        source_sha256="", request=request, n_probe_tokens=64, sensitivity="gradient", n_threads=2, seed=seed,
+        source_sha256="", request=request, n_probe_tokens=64, sensitivity="gradient", n_threads=2, seed=0,
         scratch_folder=work, progress=progress,
     )  # fmt: skip
 
@@ -72,6 +72,22 @@ def test_what_is_damaged_is_made_anew(tiny: Callable[..., Path], tmp_path: Path,
         (left / name).write_text(text)
         assert Interim(tmp_path).load(whole) is None
     assert_same(calibrated(model, tmp_path, lambda *_: None), whole)
+
+
+def test_what_another_request_left_is_not_in_the_way(
+    tiny: Callable[..., Path], tmp_path: Path, at_every_layer: None
+) -> None:
+    model = tiny("qwen3_moe", hidden=64, intermediate=32)
+
+    def cut_off(what: str, _done: int, _total: int) -> None:
+        if what == STEPS[1]:
+            raise CutOff
+
+    for request in ("one", "other"):  # both after one layer
+        with pytest.raises(CutOff):
+            calibrated(model, tmp_path, cut_off, request)
+    (left,) = tmp_path.glob(f"{PREFIX}*")
+    assert load_stats(left / "stats.safetensors").request == "other"
 
 
 def test_not_at_every_layer(tiny: Callable[..., Path], tmp_path: Path) -> None:
