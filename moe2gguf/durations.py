@@ -23,7 +23,7 @@ from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS
 from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
-from moe2gguf.measure import MAX_ERROR_ROWS
+from moe2gguf.measure import MAX_ERROR_ROWS, MAX_MATRIX_ROWS
 from moe2gguf.pipeline import most_kv_bytes_per_token
 from moe2gguf.probes import EXPERT_PROBE_TYPES
 from moe2gguf.router import DAMPINGS as ROUTER_DAMPINGS
@@ -118,7 +118,10 @@ def calibration_seconds(
     n_branch_tokens = n_branches(table) * calibration.n_probe_tokens
     flops = _layers_flops(source, length) * (n_tokens * (2 if pruned else 1) + n_branch_tokens / 2)
     flops += _head_flops(source) * n_branch_tokens
-    n_encoded = len(CANDIDATES) * sum(u.n_columns * min(u.n_rows, 2 * MAX_ERROR_ROWS) for u in table.units)
+    n_encoded = 0
+    for unit in table.units:
+        most = MAX_MATRIX_ROWS if unit.expert is None else len(unit.tensors) * MAX_ERROR_ROWS
+        n_encoded += len(CANDIDATES) * unit.n_columns * min(unit.n_rows, most)
     if calibration.sensitivity == "gradient":  # forward, forward again for what is kept, and back
         n_graded = min(n_tokens, GRADED_TOKENS)
         flops += 4 * n_graded * (_layers_flops(source, length) + _head_flops(source))

@@ -1,6 +1,7 @@
 """Output errors of candidate types, measured with ggml's encoder on sampled tokens and rows.
 
 Rows of one matrix are quantised independently, so their errors add up as squares: a sample of rows, scaled, will do.
+Of an expert's rows those that matter more are more likely in it.
 
 Shapes: T tokens, D hidden, I intermediate, E experts, K columns, J candidate types, n sampled tokens, R sampled rows.
 """
@@ -21,10 +22,9 @@ from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
 MAX_ERROR_TOKENS = 256
 # gradients differ more from token to token than errors do
 MAX_GRADED_TOKENS = 1024
-MAX_ERROR_ROWS = 128
+# of an expert's gate, up and down each
+MAX_ERROR_ROWS = 64
 MAX_MATRIX_ROWS = 1024
-# what an expert's tokens give is computed once for so many
-TYPES_PER_JOB = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Measure:
         x_TD, ids_TK, gates_TK = capture.routed()
         sample = layer_sample_tokens(len(x_TD))
         _, probability_nE = layer_sample(block, x_TD)
-        jobs: list[tuple[int, slice, Future[np.ndarray]]] = []
+        jobs: list[Future[np.ndarray]] = []
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
             n = len(tokens_n)
@@ -88,17 +88,14 @@ class Measure:
             weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
             token_n = torch.cat([tokens_n[keep], torch.arange(len(x_TD))[sample]])
             of_expert = _Expert(
-                block, expert, x_TD, gradient_TD, token_n, weight_n,
-                _sample(rng, block.n_intermediate, MAX_ERROR_ROWS), _sample(rng, x_TD.shape[1], MAX_ERROR_ROWS),
+                block, expert, x_TD, gradient_TD, token_n, weight_n, rng.random(),
                 stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert],
             )  # fmt: skip
-            for first in range(0, len(self.types), TYPES_PER_JOB):
-                own = slice(first, first + TYPES_PER_JOB)
-                jobs.append((expert, own, self.pool.submit(of_expert.errors, self.types[own])))
+            jobs.append(self.pool.submit(of_expert.errors, self.types))
         found = np.empty((5, block.n_experts, len(self.types)))
-        for done, (expert, own, job) in enumerate(jobs):
-            progress(done, len(jobs))
-            found[:, expert, own] = job.result()
+        for expert, job in enumerate(jobs):
+            progress(expert, len(jobs))
+            found[:, expert] = job.result()
         gate_up_EJ, down_EJ, gate_share_EJ, *graded = found
         return ExpertErrors(gate_up_EJ, down_EJ, gate_share_EJ, *([None, None] if gradient_TD is None else graded))
 
@@ -118,6 +115,33 @@ def _matrix_error(
     return float(np.square(x_nK @ delta_RK.T).sum() * scale)
 
 
+def likely_sample(matters_R: torch.Tensor, n_max: int, start: float) -> tuple[np.ndarray, torch.Tensor]:
+    """Sorted indices, all or n_max of them, and for how many rows each stands: systematic sampling from a start in
+    [0, 1), with probabilities as what the rows are thought to contribute, but a tenth alike."""
+    n = len(matters_R)
+    if n <= n_max:
+        return np.arange(n), torch.ones(n)
+    share_R = matters_R.double().numpy()
+    share_R = 0.9 * share_R / max(share_R.sum(), 1e-300) + 0.1 / n
+    likely_R = np.zeros(n)
+    while (free_R := likely_R < 1).any():
+        likely_R[free_R] = share_R[free_R] / share_R[free_R].sum() * (n_max - (~free_R).sum())
+        if likely_R.max() <= 1:
+            break
+        likely_R = likely_R.clip(max=1)
+    rows = np.searchsorted(likely_R.cumsum(), start + np.arange(n_max), side="right").clip(max=n - 1)
+    return rows, torch.from_numpy(1 / likely_R[rows]).float()
+
+
+def _moved(block: ExpertBlock, gate_nI: torch.Tensor, up_nI: torch.Tensor, hidden_nI: torch.Tensor) -> torch.Tensor:
+    """(n, I): squared change of the hidden units where all that gate, or up, gives is off by as much of its size."""
+    moved_nI = torch.zeros_like(hidden_nI)
+    for of_gate, of_up in ((0.1, 0.0), (0.0, 0.1)):
+        off_gate_I, off_up_I = of_gate * gate_nI.square().mean(0).sqrt(), of_up * up_nI.square().mean(0).sqrt()
+        moved_nI += (block.gated(gate_nI + off_gate_I, up_nI + off_up_I) - hidden_nI).square_()
+    return moved_nI
+
+
 @dataclasses.dataclass(frozen=True)
 class _Expert:
     """What one expert's errors are measured on. Its tokens are gathered only where they are needed: those of all
@@ -129,8 +153,7 @@ class _Expert:
     gradient_TD: torch.Tensor | None
     token_n: torch.Tensor
     weight_n: torch.Tensor
-    rows_I: np.ndarray
-    rows_D: np.ndarray
+    start: float  # of the samples of rows
     importance_D: np.ndarray
     importance_I: np.ndarray
 
@@ -142,18 +165,24 @@ class _Expert:
         That is ½ E[(gᵀδ)²] for an error δ of the output (the Gauss-Newton form of the KL divergence). Rows are
         quantised independently, so their errors hardly correlate, and it is ½ E[Σ g² δ²], row by row.
         """
-        block, rows_I, rows_D, weight_n = self.block, self.rows_I, self.rows_D, self.weight_n
-        gate_up_scale, down_scale = block.n_intermediate / len(rows_I), self.x_TD.shape[1] / len(rows_D)
+        block, weight_n = self.block, self.weight_n
         down_DI, x_nD = block.down(self.expert), self.x_TD[self.token_n]
         gate_nI, up_nI = block.pre_activation(self.expert, x_nD)
         hidden_nI = block.gated(gate_nI, up_nI)
+        gradient_nD = torch.ones_like(x_nD) if self.gradient_TD is None else self.gradient_TD[self.token_n]
+        # of an error of a hidden unit, by the norm of what it does to the output where there is no gradient
+        through_nI = down_DI.norm(dim=0) if self.gradient_TD is None else gradient_nD @ down_DI
+        moved_nI = _moved(block, gate_nI, up_nI, hidden_nI).mul_(through_nI.square())
+        rows_I, gate_up_scale_R = likely_sample(weight_n @ moved_nI, MAX_ERROR_ROWS, self.start)
+        del moved_nI
+        matters_D = (weight_n @ gradient_nD.square()) * (down_DI.square() @ (weight_n @ hidden_nI.square()))
+        rows_D, down_scale_R = likely_sample(matters_D, MAX_ERROR_ROWS, self.start)
         gate_nR, up_nR, clean_nR = gate_nI[:, rows_I], up_nI[:, rows_I], hidden_nI[:, rows_I]
-        column_sq_R = down_DI[:, rows_I].square().sum(0) * gate_up_scale
+        column_sq_R = down_DI[:, rows_I].square().sum(0) * gate_up_scale_R
         exact_RD = block.gate_up(self.expert)[np.concatenate([rows_I, block.n_intermediate + rows_I])].numpy()
         exact_RI = down_DI[rows_D].numpy()
         if self.gradient_TD is not None:
-            gradient_nD = self.gradient_TD[self.token_n]
-            through_nR, gradient_nR = gradient_nD @ down_DI[:, rows_I], gradient_nD[:, rows_D]
+            through_nR, gradient_nR = through_nI[:, rows_I], gradient_nD[:, rows_D]
 
         def error(changed_gate_nR: torch.Tensor, changed_up_nR: torch.Tensor) -> float:
             delta_nR = block.gated(changed_gate_nR, changed_up_nR) - clean_nR
@@ -168,13 +197,13 @@ class _Expert:
                 found[0, j] = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
                 if self.gradient_TD is not None:
                     delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - clean_nR
-                    found[3, j] = float(weight_n @ (through_nR * delta_nR).square().sum(1)) / 2 * gate_up_scale
+                    found[3, j] = float(weight_n @ (through_nR * delta_nR).square() @ gate_up_scale_R) / 2
                 of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
                 found[2, j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
             if ggml.fits(quant_type, exact_RI.shape[1]):
                 delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, self.importance_I) - exact_RI)
                 delta_nR = hidden_nI @ delta_RI.T
-                found[1, j] = float(weight_n @ delta_nR.square().sum(1)) * down_scale
+                found[1, j] = float(weight_n @ delta_nR.square() @ down_scale_R)
                 if self.gradient_TD is not None:
-                    found[4, j] = float(weight_n @ (gradient_nR * delta_nR).square().sum(1)) / 2 * down_scale
+                    found[4, j] = float(weight_n @ (gradient_nR * delta_nR).square() @ down_scale_R) / 2
         return found

@@ -14,7 +14,7 @@ from moe2gguf.calibrate import calibrate, expert_statistics, graded
 from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
-from moe2gguf.measure import ExpertErrors, Measure
+from moe2gguf.measure import ExpertErrors, Measure, likely_sample
 from moe2gguf.pipeline import no_progress
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors, load_stats, save_stats
 from moe2gguf.stream import LayerStream
@@ -139,9 +139,46 @@ def test_a_sample_of_rows_and_tokens_stands_for_all(tiny: Callable[..., Path], m
     sampled = captured.measured()
     for all_EJ, sampled_EJ in ((whole.gate_up_EJ, sampled.gate_up_EJ), (whole.down_EJ, sampled.down_EJ)):
         assert not np.array_equal(all_EJ, sampled_EJ)
-        # 32 of 64 or 96 rows and 16 of some 30 tokens: each expert within a third, all together within a tenth
+        # 32 of 64 or 96 rows, and 16 of some 30 tokens: each expert within a third, all together within a tenth
         np.testing.assert_allclose(sampled_EJ, all_EJ, rtol=0.35)
         np.testing.assert_allclose(sampled_EJ.sum(0), all_EJ.sum(0), rtol=0.1)
+
+
+@pytest.mark.parametrize("matters", ["alike", "unlike", "one alone", "nothing"])
+def test_a_likely_sample_adds_up(matters: str) -> None:
+    """Over all starts each row counts once: sums are right on the average, whatever they are of."""
+    n, n_max, n_starts = 50, 8, 4000
+    matters_R = {
+        "alike": torch.ones(n),
+        "unlike": torch.arange(n).float() ** 4,
+        "one alone": torch.eye(n)[7],  # which is certain then
+        "nothing": torch.zeros(n),  # as of an expert whose hidden units are all off
+    }[matters]
+    mean_R = np.zeros(n)
+    for start in np.arange(n_starts) / n_starts:
+        rows, times_R = likely_sample(matters_R, n_max, start)
+        assert len(set(rows)) == n_max and (np.diff(rows) > 0).all()
+        assert matters != "one alone" or (7 in rows and times_R[list(rows).index(7)] == 1)
+        mean_R[rows] += times_R.numpy() / n_starts
+    np.testing.assert_allclose(mean_R, 1, atol=0.02)
+    rows, times_R = likely_sample(matters_R, n, 0.5)
+    assert np.array_equal(rows, np.arange(n)) and (times_R == 1).all()
+
+
+def test_rows_that_matter_make_better_samples(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a few hidden units and outputs carry the gradient, as they do in trained models."""
+    captured = Captured(tiny("mixtral", **SMALL))
+    carries_D = torch.logspace(0, -2, SMALL["hidden"])
+    gradient_TD = torch.randn(TOKENS_SL.size, SMALL["hidden"], generator=torch.Generator().manual_seed(0)) * carries_D
+    whole = captured.measured(gradient_TD).graded_down_EJ
+    monkeypatch.setattr("moe2gguf.measure.MAX_ERROR_ROWS", 8)
+
+    def off() -> float:
+        return float(np.log(captured.measured(gradient_TD).graded_down_EJ / whole).std())
+
+    likely = off()
+    monkeypatch.setattr("moe2gguf.measure.likely_sample", lambda m_R, *rest: likely_sample(torch.ones_like(m_R), *rest))
+    assert likely < off() / 2
 
 
 def test_types_that_do_not_fit_cost_infinitely_much(tiny: Callable[..., Path]) -> None:
