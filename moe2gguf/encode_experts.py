@@ -401,8 +401,8 @@ class _LayerWork:
         curvatures: dict[float, tuple[list[int], Curvature]] = {}
         for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
-            hessian_EKK = moments.hessian_EKK[[experts.index(e) for e in wanted]]
-            curvatures[damping] = wanted, feedback.curvature(hessian_EKK, damping)
+            places = feedback.neighbours([experts.index(e) for e in wanted])
+            curvatures[damping] = wanted, feedback.curvature(moments.hessian_EKK[places], damping)
 
         def encode(batch: tuple[QuantType, torch.Size, float]) -> torch.Tensor:
             keys, (wanted, curvature) = batches[batch], curvatures[batch[2]]

@@ -57,7 +57,14 @@ class Curvature:
     factor_EKK: torch.Tensor
 
     def of(self, experts: slice | list[int]) -> "Curvature":
-        return Curvature(self.hessian_EKK[experts], self.factor_EKK[experts])
+        own = experts if isinstance(experts, slice) else neighbours(experts)
+        return Curvature(self.hessian_EKK[own], self.factor_EKK[own])
+
+
+def neighbours(places: list[int]) -> slice | list[int]:
+    """A slice where they are: what it takes out of a tensor is no copy, which may be gigabytes."""
+    stop = places[0] + len(places)
+    return slice(places[0], stop) if places == [*range(places[0], stop)] else places
 
 
 def curvature(hessian_EKK: torch.Tensor, damping: float) -> Curvature:

@@ -46,8 +46,8 @@ GIB = 1 << 30
 F32_BYTES = 4
 # interpreter, torch and the libraries, before any tensor
 BASE_BYTES = GIB // 2
-# numba and what it compiles
-COMPILER_BYTES = GIB // 6
+# numba, what it compiles, and what the solver leaves behind
+COMPILER_BYTES = GIB // 3
 # the runtime, and what it and the tokenizer leave behind
 WRITER_BYTES = GIB // 6
 # of a logit that is drawn from: in f32 twice, its probability in f64, and the sum of those before it
@@ -178,12 +178,11 @@ def make_plan(
                     # second moments of what each of its matrices is given, and one of them with its factor
                     layer_bytes + 3 * hidden + _beside_bytes(source),
                     # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
-                    # given, second moments and their factors, of its outputs' gradients too; as measured when these
-                    # were in f64 as well, which is more than they take now
+                    # given
                     layer_bytes
                     + 2 * hidden
                     + min(2 * hidden, AWAY_BYTES)
-                    + n_chunk * (1.5 * inputs + 10 * 8 * widest**2),
+                    + n_chunk * (1.5 * inputs + _fed_back_bytes(expert.shape[1], expert.shape[2], n_chunk)),
                 )
             )
         ),
@@ -254,6 +253,16 @@ def _widest_expert(source: Source) -> int:
     return max(t.shape[-1] for t in source.tensors if is_of_experts(t))
 
 
+def _fed_back_bytes(n_hidden: int, n_intermediate: int, n_chunk: int) -> int:
+    """Of an expert while its matrices are quantised: second moments of what they are given and what is given in the
+    model, of most tokens and of all, damped, their factor, and what each matrix is fitted by; where several experts go
+    side by side each matrix has its own; of gradients, for gate's and up's rows. And, measured, a dozen times each
+    matrix."""
+    sides, matrix = 4 if n_chunk > 1 else 0, 12 * n_hidden * n_intermediate
+    gate_up = (7 + sides) * n_hidden**2 + 2 * matrix + 2 * n_intermediate**2
+    return F32_BYTES * max(gate_up, (7 + sides // 2) * n_intermediate**2 + matrix)
+
+
 def _beside_bytes(source: Source) -> int:
     """Queries, keys and values share theirs."""
     of_layer = Counter[int]()
@@ -267,15 +276,15 @@ def _beside_bytes(source: Source) -> int:
 
 
 def _graph_bytes(source: Source, length: int) -> int:
-    """What one layer keeps of a batch for the way back: what each matrix is given and gives, and half as much for
-    activations and what the experts' outputs are multiplied with."""
+    """What one layer keeps of a batch for the way back: what each matrix is given and gives. Gate and up are given the
+    same, which makes room for activations."""
     n_tokens = max(BATCH_TOKENS, length)
     share = source.n_expert_used / source.n_expert
     of_layer = Counter[int]()
     for tensor in source.tensors:
         if (layer := layer_of(tensor.name)) is not None and tensor.quantisable:
             n_experts = share * tensor.shape[0] if is_of_experts(tensor) else 1
-            of_layer[layer] += int(1.5 * F32_BYTES * n_tokens * n_experts * sum(tensor.shape[-2:]))
+            of_layer[layer] += int(F32_BYTES * n_tokens * n_experts * sum(tensor.shape[-2:]))
     return max(of_layer.values())
 
 
