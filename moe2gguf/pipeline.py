@@ -315,6 +315,7 @@ def calibrated(
     path = work / "stats.safetensors"
     if (stats := statistics_at_hand(source, calibration, work)) is not None:
         note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
+        remove_interim(work)  # there where the run that saved them was killed just then
         return stats
     if path.exists():
         note(f"the statistics in {path} answer another request: calibrating anew")
