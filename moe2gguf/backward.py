@@ -6,7 +6,7 @@ with gradients, on that; what arrives at its input goes to the layer before.
 Shapes: S sequences, L tokens of each, l tokens of one of them, B sequences at a time, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -44,16 +44,18 @@ def backward(
     batch_sequences: int,
     scratch_folder: Path,
     listen: Listen = lambda _index, _layer: nullcontext(),
+    without_experts: Collection[int] = (),
 ) -> tuple[float, torch.Tensor]:
     """The sum of the loss, and its gradient by hidden_SLD, what the first layer is given. Not in inference mode.
 
     `prepare` may ask parameters of the layer for gradients, which `finish` finds on them before the layer is emptied;
     those of what comes after the last layer are on the stream's own parameters. `listen` is around the second run.
+    Where the layer is loaded `without_experts`, `prepare` puts them in.
     """
     inputs = States[int](INPUTS_BYTES, scratch_folder)
     parts = [slice(s, s + batch_sequences) for s in range(0, len(hidden_SLD), batch_sequences)]
     for index in range(stream.n_layers):
-        with stream.layer(index) as layer:
+        with stream.layer(index, without_experts=index in without_experts) as layer:
             prepare(index, layer)
             inputs[index] = hidden_SLD
             with torch.no_grad():
@@ -66,7 +68,7 @@ def backward(
         total += float(of_chunk.detach())
         gradient_SLD[s : s + 1, tokens] = _gradient(hidden_1lD)
     for index in reversed(range(stream.n_layers)):
-        with stream.layer(index) as layer:
+        with stream.layer(index, without_experts=index in without_experts) as layer:
             prepare(index, layer)
             hidden_SLD = inputs[index]
             with listen(index, layer):

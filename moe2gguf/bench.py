@@ -102,12 +102,12 @@ APART = {
     "steps.py",
 }
 
-# what `moe2gguf convert` is given; the paper's programs know no router calibration
+# what `moe2gguf convert` is given; the paper's programs know neither router calibration nor tuning
 OURS: dict[str, tuple[str, ...]] = {
     "grouped": ("--layout", "grouped", "--skip", f"{SKIP_SHARE:g}"),
     "stock": ("--layout", "stock"),
-    "uniform": ("--allocator", "uniform", "--router", "none"),
-    "pmq": ("--allocator", "pmq", "--router", "none"),
+    "uniform": ("--allocator", "uniform", "--router", "none", "--no-tune"),
+    "pmq": ("--allocator", "pmq", "--router", "none", "--no-tune"),
 }
 
 

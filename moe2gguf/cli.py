@@ -233,10 +233,17 @@ quantizer_options = _together(
     ),
     click.option(
         "--router",
-        type=click.Choice(["qesc", "qesc-kl", "none"]),
+        type=click.Choice(["qesc", "none"]),
         default="qesc",
         show_default=True,
-        help="Routers calibrated to what the quantised model gives them; then tuned by gradient, with norms; neither.",
+        help="Routers calibrated to what the quantised model gives them, or as they are.",
+    ),
+    click.option(
+        "--tune/--no-tune",
+        "tuning",
+        default=True,
+        show_default=True,
+        help="Descent on the KL divergence over routers, norms and the scales of blocks, when all is quantised.",
     ),
     click.option(
         "--device",
@@ -306,7 +313,9 @@ def _quantizer(options: dict[str, Any]):
     from moe2gguf.backend import device
     from moe2gguf.pipeline import Quantizer
 
-    return Quantizer(options["feedback"], options["affinity"], device(options["device"], _note), options["router"])
+    return Quantizer(
+        options["feedback"], options["affinity"], device(options["device"], _note), options["router"], options["tuning"]
+    )
 
 
 def _calibration(options: dict[str, Any]):

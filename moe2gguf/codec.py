@@ -15,6 +15,7 @@ import torch
 from moe2gguf.ggml import QuantType, block_shape
 
 SIGN_WEIGHTS = 8  # the weights whose signs lie together
+F16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,21 @@ class Codec:
         if fields.d_R is not None:
             level_RS = fields.d_R.float()[:, None] * level_RS
         return level_RS if fields.dmin_R is None else level_RS - fields.dmin_R.float()[:, None] * minimum
+
+    def rescaled(self, blocks_RB: torch.Tensor, factor_R: torch.Tensor) -> torch.Tensor:
+        """uint8 (R, B): all of a block's weights times factor_R, f32 (R,), as nearly as f16 allows."""
+        found_RB = blocks_RB.clone()
+        for places in (self.places.d, self.places.dmin):
+            if places is not None:
+                bytes_16, bits_16 = places[0] // 8, torch.from_numpy(places[0] % 8)
+                shifts = torch.arange(16, dtype=torch.int32)
+                bits_R16 = (blocks_RB[:, bytes_16].int() >> bits_16) & 1
+                unit_R = (bits_R16 << shifts).sum(-1, dtype=torch.int32).to(torch.int16).view(torch.float16)
+                new_R = (unit_R.float() * factor_R).clamp(-F16_MAX, F16_MAX).half().view(torch.int16).int()
+                changed_R16 = (((new_R[:, None] >> shifts) & 1) ^ bits_R16) << bits_16
+                for i, byte in enumerate(bytes_16.tolist()):
+                    found_RB[:, byte] ^= changed_R16[:, i].to(torch.uint8)
+        return found_RB
 
 
 def _field(byte: int, bit: int, n: int) -> list[int]:

@@ -31,7 +31,7 @@ from moe2gguf.router import HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
 from moe2gguf.sample import ONE_THREAD_FILE_BYTES, draw, n_at_once
 from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
-from moe2gguf.tuning import N_STEPS, STEP_TOKENS
+from moe2gguf.tuning import MAX_STEP_TOKENS, N_STEPS, PASSES
 
 # what is measured
 TEXT_TOKENS, EXPERT_TOKENS, MATMUL_FLOPS = 4096, 512, 4e9
@@ -206,8 +206,8 @@ def quantise_seconds(
             # held-out tokens, a branch for each layer
             + n_held_out * (layers / 2 + head)
         )
-    if quantizer.router == "qesc-kl":  # forward, forward again for what is kept, and back; then trials
-        flops += 4 * N_STEPS * min(n_tokens, STEP_TOKENS) * (layers + head) + n_tokens * layers
+    if quantizer.tuning:  # forward, forward again for what is kept, and back, by activations and weights; then trials
+        flops += 4 * min(PASSES * n_tokens, N_STEPS * MAX_STEP_TOKENS) * (layers + head) + n_tokens * layers
         flops += source.n_layer * n_held_out * (layers / 2 + head)
     n_others = source.n_params - n_fed_back
     return (

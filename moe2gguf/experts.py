@@ -34,13 +34,19 @@ class ExpertBlock:
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """f32 (2I, D), gate rows first. May share storage with the module."""
-        weight = self.module.gate_up_proj[expert]
-        weight = weight.T if self.module.is_transposed else weight
-        return weight if self.module.is_concatenated else torch.cat([weight[::2], weight[1::2]])
+        return self.gate_up_rows(self.module.gate_up_proj[expert])
 
     def down(self, expert: int) -> torch.Tensor:
         """f32 (D, I). May share storage with the module."""
-        weight = self.module.down_proj[expert]
+        return self.down_rows(self.module.down_proj[expert])
+
+    def gate_up_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """An expert's as the module has it -> (2I, D), gate rows first."""
+        weight = weight.T if self.module.is_transposed else weight
+        return weight if self.module.is_concatenated else torch.cat([weight[::2], weight[1::2]])
+
+    def down_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """An expert's as the module has it -> (D, I)."""
         return weight.T if self.module.is_transposed else weight
 
     def set_gate_up(self, expert: int, weight: torch.Tensor) -> None:

@@ -234,6 +234,7 @@ def _quantised(
     )
     outcomes = tuple(spool.outcomes())
     note(describe(outcomes))
+    changed: set[str] = set()
     if quantizer.router != "none":
         calibrate_routers(
             stream,
@@ -249,23 +250,23 @@ def _quantised(
         assert routers is not None
         note(describe_routers(routers))
         changed = {f"blk.{layer}.ffn_gate_inp.weight" for layer in routers.router_ED}
-        if quantizer.router == "qesc-kl":
-            tune(
-                source,
-                stream,
-                stats.tokens_SL,
-                types,
-                matrices,
-                spool,
-                seed=stats.seed,
-                n_threads=n_threads,
-                progress=lambda what, done, total: progress(f"routers and norms, {what}", done, total),
-            )
-            tuned = spool.tuned()
-            assert tuned is not None
-            note(describe_tuned(tuned))
-            changed |= tuned.weights.keys()
-        extra_kv = extra_kv | changed_values(source, quantizer, changed)
+    if quantizer.tuning:
+        tune(
+            source,
+            stream,
+            stats.tokens_SL,
+            types,
+            matrices,
+            spool,
+            seed=stats.seed,
+            n_threads=n_threads,
+            progress=progress,
+        )
+        tuned = spool.tuned()
+        assert tuned is not None
+        note(describe_tuned(tuned))
+        changed |= tuned.weights.keys()
+    extra_kv = extra_kv | changed_values(source, quantizer, changed)
     paths = _write(source, plan, extra_kv, target, n_threads, progress, spool, modules)
     spool.remove()
     return tuple(paths), outcomes
@@ -280,6 +281,7 @@ def spool_for(work: Path, stats: CalibrationStats, quantizer: Quantizer, types: 
         quantizer.affinity,
         quantizer.device.type,
         quantizer.router,
+        quantizer.tuning,
         sorted(map(str, types.items())),
         sorted((name, matrix.quant_type.name) for name, matrix in matrices.items()),
     ]

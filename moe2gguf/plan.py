@@ -9,6 +9,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
+import gguf
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -41,6 +42,7 @@ from moe2gguf.sample import n_at_once
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
 from moe2gguf.streams import AWAY_BYTES
+from moe2gguf.tuning import per_step
 
 GIB = 1 << 30
 F32_BYTES = 4
@@ -183,6 +185,7 @@ def make_plan(
                     + 2 * hidden
                     + min(2 * hidden, AWAY_BYTES)
                     + n_chunk * (1.5 * inputs + _fed_back_bytes(expert.shape[1], expert.shape[2], n_chunk)),
+                    _tuning_bytes(source, calibration.n_sequences, length) if quantizer.tuning else 0,
                 )
             )
         ),
@@ -191,7 +194,8 @@ def make_plan(
         disk_bytes=allocation.tensor_bytes
         + moments_bytes
         + max(
-            sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden,
+            # with other scales once more
+            (2 if quantizer.tuning else 1) * sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden,
             max(0, branches_bytes - BRANCHES_BYTES) + 2 * (hidden + branches_bytes),
         )
         + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
@@ -261,6 +265,28 @@ def _fed_back_bytes(n_hidden: int, n_intermediate: int, n_chunk: int) -> int:
     sides, matrix = 4 if n_chunk > 1 else 0, 12 * n_hidden * n_intermediate
     gate_up = (7 + sides) * n_hidden**2 + 2 * matrix + 2 * n_intermediate**2
     return F32_BYTES * max(gate_up, (7 + sides // 2) * n_intermediate**2 + matrix)
+
+
+def _tuning_bytes(source: Source, n_sequences: int, length: int) -> float:
+    """Layer and head as the file has them, on the way back of a step."""
+    vocabulary = source.tensor("token_embd.weight").shape
+    head_bytes = F32_BYTES * prod(vocabulary)
+    # what a layer is given, by all of the text in two streams, and in this step
+    hidden, step = (F32_BYTES * n * length * vocabulary[1] for n in (n_sequences, per_step(n_sequences, length)))
+    # Adam's two moments, gradient, value, and value at first of each super-block's scale
+    states = 5 * F32_BYTES * source.n_params / gguf.QK_K
+    return (
+        _outer_params(source) * F32_BYTES
+        + head_bytes
+        + states
+        + 2 * hidden
+        + min(source.n_layer * step, INPUTS_BYTES)
+        + 4 * step
+        + max(
+            F32_BYTES * _largest_layer_params(source) + _graph_bytes(source, length),
+            head_bytes + LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary[0] * F32_BYTES,
+        )
+    )
 
 
 def _beside_bytes(source: Source) -> int:

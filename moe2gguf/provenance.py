@@ -47,8 +47,10 @@ def changed_values(source: Source, quantizer: Quantizer, tensors: Collection[str
     norms = {layer_of(name) for name in tensors if "norm" in name}
     by_layer = [layer in routers for layer in range(source.n_layer)]
     with_last = [layer in norms for layer in [*range(source.n_layer), None]]
-    values: KeyValues = {ROUTER_KEY: (by_layer, ValueType.ARRAY, ValueType.BOOL)}
-    if quantizer.router == "qesc-kl":
+    values: KeyValues = {}
+    if quantizer.router != "none" or quantizer.tuning:
+        values[ROUTER_KEY] = (by_layer, ValueType.ARRAY, ValueType.BOOL)
+    if quantizer.tuning:
         values[NORMS_KEY] = (with_last, ValueType.ARRAY, ValueType.BOOL)
     return values
 
@@ -79,7 +81,7 @@ def provenance(
         "quantize.imatrix.dataset": (stats.text, string, None),
         "quantize.imatrix.entries_count": (len(stats.importance) + 2 * len(stats.layers), uint, None),
     }
-    if quantizer.feedback and quantizer.router != "none":
+    if quantizer.feedback:
         # known when all is quantised
         values |= changed_values(source, quantizer, ())
     values |= skip_values(source, stats, skipping)

@@ -17,7 +17,7 @@ from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.skip import Skipping
 from moe2gguf.stats import CalibrationStats
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,8 @@ class Quantizer:
     feedback: bool = True  # False: ggml's encoder alone
     affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
-    router: str = "qesc"  # "none" leaves routers as they are, "qesc-kl" goes on from qesc by gradient
+    router: str = "qesc"  # "none" leaves routers as they are
+    tuning: bool = True  # of routers, norms and the scales of blocks, by gradient
 
 
 DEFAULT_QUANTIZER = Quantizer()

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 # whose 64 bits a weight are in memory at a time
 KEYED_ROWS = 4096
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Tuned:
     """What descent on the KL divergence did, on held-out text, and the routers and norms that are kept."""
 
     weights: dict[str, np.ndarray]  # f32, by the file's name, experts in the checkpoint's order
+    n_scaled: int  # matrices whose blocks' scales are kept
     kl_before: float  # nats per token
     kl_after: float
     agreement_before: float
@@ -105,7 +106,7 @@ class Spool:
         """uint8 (N, B), rows as in f32 weight_NK; None where the module, or a row, is not there."""
         part = int(module.split(".")[1]) if module.startswith("layers.") else module
         try:
-            with safe_open(self._part(part), framework="np") as file:
+            with safe_open(self._as_written(self._part(part)), framework="np") as file:
                 if f"keys/{module}" not in file.keys():  # noqa: SIM118 (no iterator)
                     return None
                 place = {key: row for row, key in enumerate(file.get_tensor(f"keys/{module}").tolist())}
@@ -134,7 +135,8 @@ class Spool:
         try:
             with safe_open(self._tuned, framework="np") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-                return Tuned(weights, **{name: float(value) for name, value in file.metadata().items()})
+                said = file.metadata()
+                return Tuned(weights, int(said.pop("n_scaled")), **{name: float(said[name]) for name in said})
         except (OSError, SafetensorError):
             return None
 
@@ -148,15 +150,41 @@ class Spool:
 
     def _save(self, path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, str]) -> None:
         """Written aside and renamed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".partial")
         save_file(dict(arrays), aside, header)
         os.replace(aside, path)
 
     def get(self, layer: int, matrix: str, expert: int) -> np.ndarray:
         """uint8 (N, B)"""
-        with safe_open(self.path(layer), framework="np") as file:
+        with safe_open(self._as_written(self.path(layer)), framework="np") as file:
             return file.get_tensor(f"{matrix}/{expert}")
+
+    def put_scaled(
+        self, part: int | str, experts: Mapping[tuple[str, int], np.ndarray], matrices: Mapping[str, np.ndarray]
+    ) -> None:
+        """Blocks of a layer, or of a module beside the layers, that `get` and `matrix` give from now on in place of
+        those that were put."""
+        if isinstance(part, int) and experts:
+            self._put_scaled(self.path(part), {f"{m}/{expert}": block for (m, expert), block in experts.items()})
+        if matrices:
+            self._put_scaled(self._part(part), {f"blocks/{name}": block for name, block in matrices.items()})
+
+    def _put_scaled(self, path: Path, blocks: dict[str, np.ndarray]) -> None:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        self._save(self._scaled / path.name, arrays | blocks, {})
+
+    def remove_scaled(self) -> None:
+        shutil.rmtree(self._scaled, ignore_errors=True)
+
+    @property
+    def _scaled(self) -> Path:
+        return self.folder / "scaled"
+
+    def _as_written(self, path: Path) -> Path:
+        scaled = self._scaled / path.name
+        return scaled if scaled.is_file() else path
 
     def outcomes(self) -> list[Outcome]:
         found = []

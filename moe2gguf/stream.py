@@ -34,6 +34,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe2gguf.errors import SourceError
 
+# as transformers names them: of a module of experts, no module of their own
+EXPERT_MATRICES = (".gate_up_proj", ".down_proj")
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -114,7 +116,7 @@ class LayerStream:
         self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
         self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
-        self._names_by_layer, self._end_names, self._other_names = self._group_names()
+        self._names_by_layer, self._expert_names, self._end_names, self._other_names = self._group_names()
         self._keeps_ends = False
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
         self.model.model.layers = nn.ModuleList(self._stand_ins)
@@ -161,8 +163,8 @@ class LayerStream:
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
 
-    def _group_names(self) -> tuple[list[list[str]], list[str], list[str]]:
-        """Of the layers, of embedding and head, of what is left."""
+    def _group_names(self) -> tuple[list[list[str]], set[str], list[str], list[str]]:
+        """Of the layers; of those the experts' matrices; of embedding and head; of what is left."""
         ends = {
             name
             for name, weight in self.model.named_parameters()
@@ -172,6 +174,7 @@ class LayerStream:
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         meta = self.model.state_dict()
         by_layer: list[list[str]] = [[] for _ in self.layers]
+        of_experts: set[str] = set()
         of_ends: list[str] = []
         others: list[str] = []
         for name in sorted(self._shards.file_of):
@@ -181,7 +184,9 @@ class LayerStream:
             elif (layer := int(target.split(".")[2])) < len(by_layer):
                 # layers beyond the last are multi-token prediction heads, which the forward pass does not use
                 by_layer[layer].append(name)
-        return by_layer, of_ends, others
+                if target.endswith(EXPERT_MATRICES):
+                    of_experts.add(name)
+        return by_layer, of_experts, of_ends, others
 
     def _load(self, names: list[str]) -> None:
         with self._shards.slices(names) as slices:
@@ -200,14 +205,21 @@ class LayerStream:
                     module._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights, emptied again on leaving."""
+    def layer(self, index: int, *, without_experts: bool = False) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, emptied again on leaving. `without_experts`: theirs are zeros, for
+        others to be put in their place, which is most of the loading."""
         if not self._keeps_ends:
             self._drop_ends()
         layer = self.layers[index]
         self.model.model.layers[index] = layer
-        self._load(self._names_by_layer[index])
+        left_out = self._expert_names if without_experts else set()
+        self._load([name for name in self._names_by_layer[index] if name not in left_out])
         self.model.model.layers[index] = self._stand_ins[index]
+        for name, missing in list(layer.named_parameters()) if without_experts else ():
+            if missing.is_meta and name.endswith(EXPERT_MATRICES):
+                path, _, own = name.rpartition(".")
+                zeros = torch.zeros(missing.shape)
+                layer.get_submodule(path).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
         _check(self.layer_prefixes[index], layer)
         layer.requires_grad_(False)
         try:

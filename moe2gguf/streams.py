@@ -157,13 +157,20 @@ class Streams:
             part.copy_(torch.from_numpy(job.result()))
 
 
-def put_back(block: ExpertBlock, types: Mapping[tuple[str, int], QuantType], spool: Spool, layer: int) -> None:
-    """The layer's experts as the file will have them."""
+def put_back(
+    block: ExpertBlock,
+    types: Mapping[tuple[str, int], QuantType],
+    spool: Spool,
+    layer: int,
+    scaled: Callable[[np.ndarray, str, int], np.ndarray] = lambda blocks_NB, _matrix, _expert: blocks_NB,
+) -> None:
+    """The layer's experts as the file will have them, or as `scaled` makes their blocks."""
 
     def decoded(matrix: str, expert: int) -> torch.Tensor:
         quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
         weights, n_bytes = ggml.block_shape(quant_type)
-        return torch.from_numpy(ggml.decode(blocks_NB, quant_type, blocks_NB.shape[1] // n_bytes * weights))
+        n_columns = blocks_NB.shape[1] // n_bytes * weights
+        return torch.from_numpy(ggml.decode(scaled(blocks_NB, matrix, expert), quant_type, n_columns))
 
     for expert in {expert for _, expert in types}:
         block.set_gate_up(expert, torch.cat([decoded("gate", expert), decoded("up", expert)]))

@@ -1,17 +1,16 @@
-"""Routers and norms by descent on the KL divergence from the model, when all else is quantised (the last pass of QESC,
-EAC-MoE, arXiv:2508.01625).
+"""Routers, norms and the scales of blocks by descent on the KL divergence from the model, when all is quantised (the
+last pass of QESC, EAC-MoE, arXiv:2508.01625; scales after EfficientQAT's last phase, arXiv:2407.11062).
 
-Adam over the routers and the RMS norms alone, which a GGUF has in F32 anyway; a step takes some sequences through the
-quantised model and back, one layer in memory. Held-out sequences decide: beside the stream through all that is new run
-others, each with one layer as it was.
+Adam over what a file may have otherwise without another byte: a step takes some sequences through the quantised model
+and back, one layer in memory. Held-out sequences decide: beside the stream through all that is new run others, each
+with one layer as it was.
 
 Shapes: S sequences, L tokens of each, l tokens of one of them, B sequences at a time, H held-out sequences, D hidden,
-K selected experts per token or columns, V vocabulary, N rows.
+K selected experts per token, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import gguf
@@ -22,111 +21,25 @@ from torch import nn
 from moe2gguf import ggml
 from moe2gguf.backward import backward, chunks
 from moe2gguf.capture import LayerCapture
-from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.experts import find_experts
+from moe2gguf.quantised_model import QuantisedModel, Weights, tunable
 from moe2gguf.router import TRIALS_BYTES, agreement, held_out
 from moe2gguf.source import Source
 from moe2gguf.spool import Spool, Tuned
 from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import BATCH_TOKENS, ROWS_PER_JOB, Matrices, Progress, Streams, Types, put_back
+from moe2gguf.streams import BATCH_TOKENS, Matrices, Progress, Streams, Types
 
+# that take all of the text twice, if it is not too long for that
 N_STEPS = 16
-STEP_TOKENS = 8192
-# of the root mean square of what is changed; it rises over the first steps and falls to nothing
-LEARNING_RATE = 0.005
+PASSES = 2
+MAX_STEP_TOKENS = 16384
+# of the root mean square of what is changed, for each nat of the divergence at first: the less there is to mend, the
+# smaller the steps; they rise over the first of them and fall to nothing
+LEARNING_RATE = 0.15
+MAX_LEARNING_RATE = 0.005
 WARM_UP_STEPS = 3
 BETAS = (0.9, 0.99)
-
-# f32, by the name of the module: "layers.0.mlp.gate", "norm"
-Weights = Mapping[str, torch.Tensor]
-
-
-class QuantisedModel:
-    """The stream's layers, and what comes after the last, as the file will have them."""
-
-    def __init__(self, stream: LayerStream, types: Types, matrices: Matrices, spool: Spool, pool: ThreadPoolExecutor):
-        self.stream, self._types, self._matrices, self._spool, self._pool = stream, types, matrices, spool, pool
-        # encoded once: every step needs them twice
-        self._blocks: dict[str, list[np.ndarray]] = {}
-        # the final norm, or nothing where that is of another kind
-        self._norms = {name: module for name, module in stream.model.model.named_children() if is_rms_norm(module)}
-        stream.keep_ends()
-        self._exact = self._last()
-        is_tied = stream.head.weight is stream.embedding_VD
-        self._head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)
-        self._quantise("embed_tokens" if is_tied else "lm_head", self._head)
-
-    def prepare(self, index: int, layer: nn.Module, weights: Weights) -> dict[str, nn.Parameter]:
-        """Makes the layer just loaded the file's, with these routers and norms; returns them."""
-        for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                self._quantise(f"layers.{index}.{path}", module.weight)
-        block = find_experts(layer)
-        of_layer = {(matrix, expert): t for (l, matrix, expert), t in self._types.items() if l == index}
-        if block is not None and of_layer:
-            put_back(block, of_layer, self._spool, index)
-        tuned = {name: weight for name, weight in tunable(index, layer, block).items() if name in weights}
-        for name, weight in tuned.items():
-            weight.data.copy_(weights[name])
-        return tuned
-
-    @contextmanager
-    def after_last(self, weights: Weights) -> Iterator[dict[str, nn.Parameter]]:
-        """The file's head, with this final norm, which is handed out."""
-        norms = {
-            name: nn.Parameter(weights.get(name, module.weight).detach().clone(), requires_grad=False)
-            for name, module in self._norms.items()
-        }
-        self._put((self._head, *norms.values()))
-        try:
-            yield norms
-        finally:
-            self._put(self._exact)
-
-    def _last(self) -> tuple[nn.Parameter, ...]:
-        return (self.stream.head.weight, *(module.weight for module in self._norms.values()))
-
-    def _put(self, last: tuple[nn.Parameter, ...]) -> None:
-        for module, weight in zip((self.stream.head, *self._norms.values()), last, strict=True):
-            module.weight = weight
-
-    def kl(self, exact_1lD: torch.Tensor, logits_lV: torch.Tensor) -> torch.Tensor:
-        """Σ over tokens of KL(model ‖ file), nats."""
-        found = self._last()
-        self._put(self._exact)
-        clean_lV = torch.log_softmax(self.stream.logits(exact_1lD)[0], -1)
-        self._put(found)
-        # inference mode's tensors cannot be kept for gradients
-        clean_lV = clean_lV.clone()
-        return (clean_lV.exp() * (clean_lV - torch.log_softmax(logits_lV, -1))).sum()
-
-    def _quantise(self, name: str, weight_NK: torch.Tensor) -> None:
-        if (matrix := self._matrices.get(name)) is None:
-            return
-        parts = weight_NK.data.split(ROWS_PER_JOB)
-        if name not in self._blocks and (blocks_NB := self._spool.matrix(name, weight_NK.detach().numpy())) is not None:
-            self._blocks[name] = np.split(blocks_NB, range(ROWS_PER_JOB, len(blocks_NB), ROWS_PER_JOB))
-        if name not in self._blocks:
-            jobs = [
-                self._pool.submit(ggml.encode, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
-            ]
-            self._blocks[name] = [job.result() for job in jobs]
-        for part, blocks_NB in zip(parts, self._blocks[name], strict=True):
-            part.copy_(torch.from_numpy(ggml.decode(blocks_NB, matrix.quant_type, part.shape[1])))
-
-
-def is_rms_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.ndim == 1
-
-
-def tunable(index: int, layer: nn.Module, block: ExpertBlock | None) -> dict[str, nn.Parameter]:
-    """The layer's router and RMS norms."""
-    return {
-        f"layers.{index}.{path}": module.weight
-        for path, module in layer.named_modules()
-        if is_rms_norm(module) or (block is not None and getattr(module, "weight", None) is block.router_ED)
-    }
 
 
 def tune(
@@ -141,9 +54,13 @@ def tune(
     n_threads: int,
     progress: Progress,
 ) -> None:
-    """Leaves the routers and norms that help in the spool, which has all of the experts. Not in inference mode."""
+    """Leaves the routers, norms and scales that help in the spool, which has all of the experts.
+
+    Not in inference mode.
+    """
     if spool.tuned() is not None:
         return
+    spool.remove_scaled()  # of a run that was killed
     held_out_S = held_out(*tokens_SL.shape)
     with ggml.encoding_threads(n_threads) as pool:
         model = QuantisedModel(stream, types, matrices, spool, pool)
@@ -162,15 +79,16 @@ def tune(
             trial = judge.trial(before, before | kept, ())
         if trial.kl_after >= trial.kl_before:
             kept.clear()
-    weights = {names.in_file[name]: weight.numpy() for name, weight in kept.items()}
-    spool.put_tuned(Tuned(weights, trial.kl_before, trial.kl_after, trial.agreement_before, trial.agreement))
+        n_scaled = sum(model.put_scaled(unit, kept) for unit in range(stream.n_layers + 1))
+    weights = {names.in_file[name]: weight.numpy() for name, weight in kept.items() if name in names.in_file}
+    spool.put_tuned(Tuned(weights, n_scaled, trial.kl_before, trial.kl_after, trial.agreement_before, trial.agreement))
 
 
 def _as_it_was(
     model: QuantisedModel, streams: Streams, spool: Spool, names: "_Names", held_out_S: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-    """Takes the model's own stream through all layers. -> what may be tuned, routers as they are calibrated; and by
-    layer the experts that the model selects for held-out tokens, i64 (H·L, K)."""
+    """Takes the model's own stream through all layers. -> what may be tuned, routers as they are calibrated, scales 1;
+    and by layer the experts that the model selects for held-out tokens, i64 (H·L, K)."""
     routers = spool.routers()
     router_ED = {} if routers is None else routers.router_ED
     held_out_T = held_out_S.repeat_interleave(streams.exact_SLD.shape[1])
@@ -188,13 +106,16 @@ def _as_it_was(
                     before[name] = torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().clone()
             if block is not None:
                 selected[index] = capture.selected()[held_out_T]
+            model.prepare(index, layer, {})
+            before |= model.scales(index)
+    before |= model.scales(model.stream.n_layers)
     with model.after_last({}) as norms:
         before |= {name: weight.clone() for name, weight in norms.items() if names.add(name, weight, None)}
     return before, selected
 
 
 def _unit(name: str, n_layers: int) -> int:
-    """What is kept or goes back together: a layer's routers and norms; the final norm comes after the last layer."""
+    """What is kept or goes back together: all of a layer; the final norm and the head come after the last."""
     return int(name.split(".")[1]) if name.startswith("layers.") else n_layers
 
 
@@ -216,6 +137,11 @@ class _Names:
         return True
 
 
+def per_step(n_sequences: int, length: int) -> int:
+    """Sequences of a step."""
+    return min(-(-PASSES * n_sequences // N_STEPS), max(1, MAX_STEP_TOKENS // length))
+
+
 def descended(
     model: QuantisedModel,
     start: Weights,
@@ -228,7 +154,7 @@ def descended(
 ) -> dict[str, torch.Tensor]:
     """Adam's weights. found_SLD: what the first layer is given; exact_SLD: what the model's own last layer gives."""
     n_sequences, length, _ = found_SLD.shape
-    per_step = min(max(1, STEP_TOKENS // length), n_sequences)
+    at_once = per_step(n_sequences, length)
     weights = {name: nn.Parameter(weight.clone()) for name, weight in start.items()}
     groups = [
         {"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in weights.values()
@@ -237,11 +163,12 @@ def descended(
     rng = np.random.default_rng(seed)
     order: list[int] = []
     now = {name: weight.detach() for name, weight in weights.items()}  # the same memory
+    rate = 0.0
     for step in range(N_STEPS if n_sequences else 0):
         progress("tuning", step, N_STEPS)
-        while len(order) < per_step:
+        while len(order) < at_once:
             order += rng.permutation(n_sequences).tolist()
-        step_S, order = torch.tensor(order[:per_step]), order[per_step:]
+        step_S, order = torch.tensor(order[:at_once]), order[at_once:]
         exact_BLD = exact_SLD[step_S]
 
         def loss(logits_lV: torch.Tensor, s: int, tokens: slice, exact_BLD: torch.Tensor = exact_BLD) -> torch.Tensor:
@@ -251,22 +178,28 @@ def descended(
             for weight in model.prepare(index, layer, now).values():
                 weight.requires_grad_(True)
 
+        def listen(index: int, layer: nn.Module) -> AbstractContextManager:
+            return model.gradients(index, layer, weights)
+
         def finish(index: int, layer: nn.Module) -> None:
             for name, weight in tunable(index, layer, find_experts(layer)).items():
                 if name in weights:
                     weights[name].grad = weight.grad
 
-        with model.after_last(now) as norms:
+        optimiser.zero_grad()
+        with model.after_last(now) as norms, model.gradients_after_last(weights):
             for norm in norms.values():
                 norm.requires_grad_(True)
-            backward(
-                model.stream, found_SLD[step_S], loss, prepare=prepare, finish=finish,
+            kl, _ = backward(
+                model.stream, found_SLD[step_S], loss, prepare=prepare, finish=finish, listen=listen,
                 batch_sequences=max(1, BATCH_TOKENS // length), scratch_folder=spool.folder,
+                without_experts=model.has_experts,
             )  # fmt: skip
             for name in norms.keys() & weights.keys():
                 weights[name].grad = norms[name].grad
+        rate = rate or min(MAX_LEARNING_RATE, LEARNING_RATE * kl)
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)
+            group["lr"] = rate * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)
         optimiser.step()
     return now
 
@@ -300,16 +233,14 @@ class Judge:
         agreements: list[tuple[float, float]] = []
         for index in range(stream.n_layers):
             self.progress("tuned on held-out text", index, stream.n_layers)
-            with stream.layer(index) as layer:
+            with stream.layer(index, without_experts=index in self.model.has_experts) as layer:
                 block = find_experts(layer)
                 self.model.prepare(index, layer, before)
                 selected_before, selected = LayerCapture(layer, block), LayerCapture(layer, block)
                 with selected_before.listening():
                     before_HLD = self._run(index, layer, before_HLD)
                 without_HLD = self._run(index, layer, after_HLD) if index in units else None
-                for name, weight in tunable(index, layer, block).items():
-                    if name in after:
-                        weight.copy_(after[name])
+                self.model.prepare(index, layer, after)
                 with selected.listening():
                     after_HLD = self._run(index, layer, after_HLD)
                 for unit in without:
@@ -349,7 +280,7 @@ class Judge:
 def describe(tuned: Tuned) -> str:
     n_routers = sum("ffn_gate_inp" in name for name in tuned.weights)
     return (
-        f"tuned routers: {n_routers}, norms: {len(tuned.weights) - n_routers}; KL divergence on held-out text "
-        f"{tuned.kl_before:.5f} -> {tuned.kl_after:.5f}, experts chosen as by the model "
+        f"tuned routers: {n_routers}, norms: {len(tuned.weights) - n_routers}, scales of matrices: {tuned.n_scaled}; "
+        f"KL divergence on held-out text {tuned.kl_before:.5f} -> {tuned.kl_after:.5f}, experts chosen as by the model "
         f"{tuned.agreement_before:.1%} -> {tuned.agreement:.1%}"
     )

@@ -24,15 +24,17 @@ class Variant:
     calibrated_on: str = "text"  # "text" | "other" | "sample" | "ebss"
     affinity: str = "gate"
     router: str = "qesc"
+    tuned: bool = True
     layout: str = "grouped"
     feedback: bool = True
 
 
 DEFAULT = Variant()
 VARIANTS = (
-    Variant("uniform", router="none"),
-    Variant("pmq", router="none"),
-    Variant(router="none"),
+    Variant("uniform", router="none", tuned=False),
+    Variant("pmq", router="none", tuned=False),
+    Variant(router="none", tuned=False),
+    Variant(tuned=False),
     DEFAULT,
     Variant(affinity="none"),
     Variant(affinity="gate2"),
@@ -40,9 +42,8 @@ VARIANTS = (
     Variant(calibrated_on="ebss"),
 )
 MORE = (
-    Variant(router="qesc-kl"),
     Variant(calibrated_on="other"),
-    Variant(router="none", feedback=False),
+    Variant(router="none", tuned=False, feedback=False),
     Variant(layout="stock"),
 )
 
@@ -92,7 +93,12 @@ def main(
                     bits=wanted,
                     layout=variant.layout,
                     allocator=variant.allocator,
-                    quantizer=Quantizer(feedback=variant.feedback, affinity=variant.affinity, router=variant.router),
+                    quantizer=Quantizer(
+                        feedback=variant.feedback,
+                        affinity=variant.affinity,
+                        router=variant.router,
+                        tuning=variant.tuned,
+                    ),
                     calibration=calibrations[variant.calibrated_on],
                     work_folder=folder / f"calibrated-on-{variant.calibrated_on}",
                 )

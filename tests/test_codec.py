@@ -66,3 +66,16 @@ def test_packing_undoes_unpacking(quant_type: QuantType) -> None:
     assert torch.equal(codec.pack(codec.unpack(blocks_RB)), blocks_RB)
     places = np.concatenate([p.ravel() for p in vars(codec.places).values() if p is not None])
     assert sorted(places) == list(range(8 * codec.block_bytes))
+
+
+@pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
+def test_rescaled_blocks_are_multiples(quant_type: QuantType) -> None:
+    """By factors that f16 has exactly, in any block; overflow stays finite, powers of two of MXFP4 as they are."""
+    codec = CODECS[quant_type]
+    weights = np.random.default_rng(0).standard_normal((12, codec.block_weights)).astype(np.float32)
+    blocks_RB = torch.from_numpy(ggml.encode(weights, quant_type, np.ones(codec.block_weights, np.float32)))
+    factor_R = torch.tensor([0.5, 1.0, 2.0, -1.0] * 3)
+    before_RS, after_RS = codec.decode(blocks_RB), codec.decode(codec.rescaled(blocks_RB, factor_R))
+    wanted_RS = before_RS if codec.places.d is None else before_RS * factor_R[:, None]
+    torch.testing.assert_close(after_RS, wanted_RS, rtol=1e-6, atol=0)
+    assert codec.decode(codec.rescaled(blocks_RB, torch.full((12,), 1e9))).isfinite().all()

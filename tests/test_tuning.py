@@ -1,8 +1,9 @@
-"""Routers and norms by descent: trials against whole models, and what of it gets into the file."""
+"""Routers, norms and scales by descent: trials against whole models, and what of it gets into the file."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,18 +13,21 @@ from transformers import PreTrainedModel
 
 from moe2gguf import ggml, tuning
 from moe2gguf.capture import LayerCapture
+from moe2gguf.codec import CODECS
 from moe2gguf.experts import find_experts
 from moe2gguf.ggml import QuantType
+from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.pipeline import Calibration, Quantizer, convert
+from moe2gguf.quantised_model import QuantisedModel
 from moe2gguf.router import Trials, agreement
 from moe2gguf.source import open_source
 from moe2gguf.spool import Spool, Tuned
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrix, put_back
-from moe2gguf.tuning import Judge, QuantisedModel, Trial, descended, tune
+from moe2gguf.tuning import Judge, Trial, descended, tune
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, cheap_measurements
-from tests.test_encode_experts import TOKENS_SL, encode, every_expert
+from tests.test_encode_experts import N_EXPERTS, TOKENS_SL, encode, every_expert
 from tests.tiny_moe import CORPUS, MODEL_TYPES, load_whole
 
 TYPES = every_expert(QuantType.IQ2_XXS)
@@ -33,6 +37,8 @@ MATRICES = {
 TOKENS = torch.from_numpy(TOKENS_SL)
 HELD_OUT = TOKENS[::4]
 ROUTER, NORM, LAST = "layers.1.mlp.gate", "layers.0.input_layernorm", "norm"
+FACTOR = 1.03
+SCALES = tuple(f"layers.1.experts.{e}.{m}.scales" for e, m in ((0, "gate"), (1, "up"), (1, "down")))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +66,20 @@ def whole_quantised(folder: Path, spool: Spool, weights: dict[str, torch.Tensor]
         assert block is not None
         put_back(block, {(m, e): t for (l, m, e), t in TYPES.items() if l == index}, spool, index)
     for name, weight in weights.items():
-        modules[name].weight.data = weight.clone()
+        if name in SCALES:
+            expert_part(model, name).mul_(weight.repeat_interleave(256, 1))
+        else:
+            modules[name].weight.data = weight.clone()
     return model
+
+
+def expert_part(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """(N, K): the rows that these scales are of."""
+    _, layer, _, expert, matrix, _ = name.split(".")
+    experts = model.model.layers[int(layer)].mlp.experts
+    if matrix == "down":
+        return experts.down_proj.data[int(expert)]
+    return experts.gate_up_proj.data[int(expert)].chunk(2)[matrix == "up"]
 
 
 @torch.no_grad()
@@ -89,6 +107,10 @@ def test_trials_are_runs_of_whole_models(tiny: Callable[..., Path], spool: Spool
     before = {name: modules[name].weight.data.clone() for name in (ROUTER, NORM, LAST)}
     rng = torch.Generator().manual_seed(0)
     after = {name: weight * (1 + 0.3 * torch.randn(weight.shape, generator=rng)) for name, weight in before.items()}
+    for name in SCALES:
+        before[name] = torch.ones(256, 1)
+        # f16 has these exactly
+        after[name] = 2.0 ** torch.randint(-1, 2, (256, 1), generator=rng)
     _, chosen = kl_and_selected(exact, exact)
     embedding = ggml.round_trip(model.stream.embedding_VD.numpy(), QuantType.Q4_0)
     judge = Judge(
@@ -100,10 +122,10 @@ def test_trials_are_runs_of_whole_models(tiny: Callable[..., Path], spool: Spool
     wanted_before, selected_before = kl_and_selected(exact, whole_quantised(folder, spool, before))
     wanted_after, selected = kl_and_selected(exact, whole_quantised(folder, spool, after))
     assert (trial.kl_before, trial.kl_after) == pytest.approx((wanted_before, wanted_after), rel=1e-4)
-    for unit, name in enumerate((NORM, ROUTER, LAST)):
-        without = after | {name: before[name]}
+    for unit, names in enumerate(((NORM,), (ROUTER, *SCALES), (LAST,))):
+        without = after | {name: before[name] for name in names}
         wanted, _ = kl_and_selected(exact, whole_quantised(folder, spool, without))
-        assert trial.kl_without[unit] == pytest.approx(wanted, rel=1e-4), name
+        assert trial.kl_without[unit] == pytest.approx(wanted, rel=1e-4), names
     for found, ids in ((trial.agreement_before, selected_before), (trial.agreement, selected)):
         assert found == pytest.approx(np.mean([agreement(*pair) for pair in zip(chosen, ids, strict=True)]))
     assert all(now is then for now, then in zip(model._last(), model._exact, strict=True))
@@ -114,11 +136,12 @@ def test_descent_follows_the_gradient_of_the_whole_model(
 ) -> None:
     """Three steps over all of the text, by torch's Adam on the model as one."""
     monkeypatch.setattr(tuning, "N_STEPS", 3)
-    monkeypatch.setattr(tuning, "STEP_TOKENS", TOKENS.numel())
+    monkeypatch.setattr(tuning, "per_step", lambda n_sequences, _length: n_sequences)
     folder = tiny("qwen3_moe")
     exact = load_whole(folder)
     modules = dict(exact.model.named_modules())
     before = {name: modules[name].weight.data.clone() for name in (ROUTER, NORM, LAST)}
+    before |= dict.fromkeys(SCALES, torch.ones(256, 1))
     embedding = torch.from_numpy(ggml.round_trip(model.stream.embedding_VD.numpy(), QuantType.Q4_0))
     exact_SLD = stream_through(model.stream)
     found = descended(
@@ -126,7 +149,14 @@ def test_descent_follows_the_gradient_of_the_whole_model(
     )  # fmt: skip
 
     whole = whole_quantised(folder, spool, before)
-    weights = {name: dict(whole.model.named_modules())[name].weight.requires_grad_(True) for name in before}
+    modules = dict(whole.model.named_modules())
+    weights = {name: modules[name].weight.requires_grad_(True) for name in (ROUTER, NORM, LAST)}
+    scales = {name: torch.ones(256, 1, requires_grad=True) for name in SCALES}
+    weights |= scales
+    unscaled = {name: expert_part(whole, name).clone() for name in SCALES}
+    parametrised = whole.model.layers[1].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        parametrised.register_buffer(f"{name}_fixed", parametrised._parameters.pop(name).data)
     size = {name: before[name].square().mean().sqrt() for name in before}
     optimiser = torch.optim.Adam(
         [{"params": [w], "size": size[name]} for name, w in weights.items()], betas=tuning.BETAS
@@ -136,11 +166,13 @@ def test_descent_follows_the_gradient_of_the_whole_model(
     kls = []
     for rise, fall in ((1 / 3, 1), (2 / 3, 2 / 3), (1, 1 / 3)):
         optimiser.zero_grad()
+        with_scales(parametrised, unscaled, scales)
         kl = (clean_SLV.exp() * (clean_SLV - whole(TOKENS).logits.log_softmax(-1))).sum(-1).mean()
         kl.backward()
         kls.append(float(kl.detach()))
         for group in optimiser.param_groups:
-            group["lr"] = tuning.LEARNING_RATE * group["size"] * rise * fall
+            rate = min(tuning.MAX_LEARNING_RATE, tuning.LEARNING_RATE * kls[0])
+            group["lr"] = rate * group["size"] * rise * fall
         optimiser.step()
     assert kls[2] < kls[0]
     for name, weight in weights.items():
@@ -148,6 +180,17 @@ def test_descent_follows_the_gradient_of_the_whole_model(
         moved = (weight.detach() - before[name]).abs().mean()
         assert (found[name] - weight.detach()).abs().mean() <= 0.02 * moved, name
         assert not torch.equal(found[name], before[name])
+
+
+def with_scales(experts: Any, unscaled: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]) -> None:
+    """The module's matrices as functions of the scales."""
+    gate_up, down = experts.gate_up_proj_fixed.clone(), experts.down_proj_fixed.clone()
+    for name, scale_NS in scales.items():
+        _, _, _, expert, matrix, _ = name.split(".")
+        first = len(scale_NS) if matrix == "up" else 0
+        whole = down if matrix == "down" else gate_up
+        whole[int(expert), first : first + len(scale_NS)] = unscaled[name] * scale_NS
+    experts.gate_up_proj, experts.down_proj = gate_up, down
 
 
 def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +218,12 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
     assert (kept.kl_before, kept.kl_after, kept.agreement) == (0.2, 0.08, 0.95)
     assert {"blk.0.ffn_gate_inp.weight", "blk.0.attn_q_norm.weight", "output_norm.weight"} <= kept.weights.keys()
     assert not any(name.startswith("blk.1.") for name in kept.weights)
-    assert any(name.startswith("layers.1.") for name in asked[0]) and len(asked[1]) == len(kept.weights)
-    assert not tuned(0.3).weights
+    assert any(name.startswith("layers.1.") for name in asked[0]) and len(asked[1]) == len(kept.weights) + kept.n_scaled
+    assert kept.n_scaled == 3 * N_EXPERTS
+    with_scales = [spool.get(layer, "down", 1) for layer in (0, 1)]
+    kept = tuned(0.3)
+    assert not kept.weights and not kept.n_scaled
+    assert [np.array_equal(spool.get(layer, "down", 1), with_scales[layer]) for layer in (0, 1)] == [False, True]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -212,26 +259,41 @@ def test_the_file_has_what_is_kept(
 ) -> None:
     """Of the second layer and after the last, in the file's order of experts; verify knows, and the first is exact."""
     monkeypatch.setattr(Trials, "judge", lambda self, *_: ([], 0.2, 0.1))
-    monkeypatch.setattr(tuning, "descended", lambda _model, before, *_, **__: {n: 1.1 * w for n, w in before.items()})
+    monkeypatch.setattr(
+        tuning, "descended", lambda _model, before, *_, **__: {n: FACTOR * w for n, w in before.items()}
+    )
     monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, {0: 0.05, 1: 0.15, 2: 0.15}))
     folder = tiny("qwen3_moe")
     words = np.random.default_rng(0).choice(" ".join(CORPUS).split(), 1500)
     (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
     said: list[str] = []
-    with cheap_measurements():
-        path = convert(
-            folder, tmp_path / "tuned.gguf", bits=3.0, layout=layout, quantizer=Quantizer(router="qesc-kl"),
-            calibration=Calibration((tmp_path / "text.txt",), n_sequences=48, sequence_tokens=32, n_probe_tokens=64),
-            work_folder=tmp_path / "work", note=said.append,
-        ).path  # fmt: skip
-    assert any("tuned routers: 1, norms: 5;" in line for line in said)
+    calibration = Calibration((tmp_path / "text.txt",), n_sequences=48, sequence_tokens=32, n_probe_tokens=64)
+
+    def converted(name: str, *, is_tuned: bool) -> Path:
+        with cheap_measurements():
+            return convert(
+                folder, tmp_path / name, bits=3.0, layout=layout, quantizer=Quantizer(tuning=is_tuned),
+                calibration=calibration, work_folder=tmp_path / "work", note=said.append,
+            ).path  # fmt: skip
+
+    path = converted("tuned.gguf", is_tuned=True)
+    # the second layer's experts, three of attention's matrices (ggml's encoder makes the fourth), the head
+    assert any(f"tuned routers: 1, norms: 5, scales of matrices: {3 * N_EXPERTS + 3 + 1};" in line for line in said)
+    for as_it_was in read_gguf(converted("as-it-was.gguf", is_tuned=False)).tensors:
+        if as_it_was.type in CODECS:
+            tensor = next(t for t in read_gguf(path).tensors if t.name == as_it_was.name)
+            found, wanted = (ggml.decode(t.blocks(), t.type, t.shape[-1]) for t in (tensor, as_it_was))
+            is_scaled = tensor.name.startswith(("blk.1.", "output.")) and "attn_output" not in tensor.name
+            factor = FACTOR if is_scaled else 1.0
+            limit = 2e-3 * abs(wanted).max()  # d and dmin are rounded apart
+            np.testing.assert_allclose(found, wanted * factor, atol=limit, err_msg=tensor.name)
     source = open_source(folder)
     assert verify_file(path, source).ok
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     order = reader.get_field("moe2gguf.expert_order.1")
     for name in ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm", "ffn_gate_inp"):
-        for layer, factor in ((0, 1.0), (1, 1.1)):
+        for layer, factor in ((0, 1.0), (1, FACTOR)):
             wanted = source.tensor(f"blk.{layer}.{name}.weight").load() * np.float32(factor)
             field = reader.get_field(f"moe2gguf.expert_order.{layer}")
             if name == "ffn_gate_inp" and field is not None:
@@ -239,7 +301,7 @@ def test_the_file_has_what_is_kept(
             np.testing.assert_allclose(tensors[f"blk.{layer}.{name}.weight"], wanted, rtol=1e-6)
     assert (order is None) == (layout == "stock")
     np.testing.assert_allclose(
-        tensors["output_norm.weight"], source.tensor("output_norm.weight").load() * 1.1, rtol=1e-6
+        tensors["output_norm.weight"], source.tensor("output_norm.weight").load() * FACTOR, rtol=1e-6
     )
     flags = {key: reader.get_field(f"moe2gguf.{key}_calibrated").contents() for key in ("router", "norms")}
     assert flags == {"router": [False, True], "norms": [False, True, True]}
