@@ -42,6 +42,7 @@ from moe2gguf.sample import n_at_once
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
 from moe2gguf.streams import AWAY_BYTES
+from moe2gguf.tuning import BATCH_TOKENS as TUNING_BATCH_TOKENS
 from moe2gguf.tuning import per_step
 
 GIB = 1 << 30
@@ -151,7 +152,7 @@ def make_plan(
         graded_bytes = min(source.n_layer * graded, INPUTS_BYTES) + 4 * graded
         calibration_bytes = max(
             calibration_bytes,
-            layer_bytes + _graph_bytes(source, length) + graded_bytes,
+            layer_bytes + _graph_bytes(source, max(BATCH_TOKENS, length)) + graded_bytes,
             outer_bytes + logits_bytes + graded_bytes,
         )
         calibration_bytes += moments_bytes
@@ -283,7 +284,7 @@ def _tuning_bytes(source: Source, n_sequences: int, length: int) -> float:
         + min(source.n_layer * step, INPUTS_BYTES)
         + 4 * step
         + max(
-            F32_BYTES * _largest_layer_params(source) + _graph_bytes(source, length),
+            F32_BYTES * _largest_layer_params(source) + _graph_bytes(source, max(TUNING_BATCH_TOKENS, length)),
             head_bytes + LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary[0] * F32_BYTES,
         )
     )
@@ -301,10 +302,9 @@ def _beside_bytes(source: Source) -> int:
     return max(of_layer.values(), default=0) + 20 * widest**2
 
 
-def _graph_bytes(source: Source, length: int) -> int:
+def _graph_bytes(source: Source, n_tokens: int) -> int:
     """What one layer keeps of a batch for the way back: what each matrix is given and gives. Gate and up are given the
     same, which makes room for activations."""
-    n_tokens = max(BATCH_TOKENS, length)
     share = source.n_expert_used / source.n_expert
     of_layer = Counter[int]()
     for tensor in source.tensors:

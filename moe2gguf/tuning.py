@@ -28,12 +28,14 @@ from moe2gguf.source import Source
 from moe2gguf.spool import Spool, Tuned
 from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import BATCH_TOKENS, Matrices, Progress, Streams, Types
+from moe2gguf.streams import Matrices, Progress, Streams, Types
 
 # that take all of the text twice, if it is not too long for that
 N_STEPS = 16
 PASSES = 2
 MAX_STEP_TOKENS = 16384
+# at a time through a layer with gradients, which keeps what each of its matrices is given
+BATCH_TOKENS = 2048
 # of the root mean square of what is changed, for each nat of the divergence at first: the less there is to mend, the
 # smaller the steps; they rise over the first of them and fall to nothing
 LEARNING_RATE = 0.15
