@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each part is worth: mean KL divergence at equal bytes, with one part at a time changed from the default.
+"""What each part is worth: mean KL divergence at equal bytes, with one part at a time changed from a base.
 
     python scripts/ablation.py demo out/ --calibration-text FILE … [--other-text FILE] [--text FILE …] [--bits 2.54]
 
@@ -24,18 +24,18 @@ class Variant:
     calibrated_on: str = "text"  # "text" | "other" | "sample" | "ebss"
     affinity: str = "gate"
     router: str = "qesc"
-    tuned: bool = True
     layout: str = "grouped"
     feedback: bool = True
+    tuned: bool = False
 
 
 DEFAULT = Variant()
 VARIANTS = (
-    Variant("uniform", router="none", tuned=False),
-    Variant("pmq", router="none", tuned=False),
-    Variant(router="none", tuned=False),
-    Variant(tuned=False),
+    Variant("uniform", router="none"),
+    Variant("pmq", router="none"),
+    Variant(router="none"),
     DEFAULT,
+    Variant(tuned=True),
     Variant(affinity="none"),
     Variant(affinity="gate2"),
     Variant(calibrated_on="sample"),
@@ -43,7 +43,9 @@ VARIANTS = (
 )
 MORE = (
     Variant(calibrated_on="other"),
-    Variant(router="none", tuned=False, feedback=False),
+    Variant(router="none", tuned=True),
+    Variant(calibrated_on="ebss", tuned=True),
+    Variant(router="none", feedback=False),
     Variant(layout="stock"),
 )
 
