@@ -227,6 +227,55 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_scales_have_the_gradient_of_the_weights_they_scale(
+    model_type: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """However the architecture holds its experts, and whether it has them in every layer."""
+    stream, spool = LayerStream(tiny(model_type, hidden=64, intermediate=64)), Spool(tmp_path)
+    index = stream.n_layers - 1
+    with stream.layer(index) as layer, torch.no_grad():
+        block = find_experts(layer)
+        assert block is not None
+        matrices = {}
+        for expert in range(block.n_experts):
+            gate, up = block.gate_up(expert).chunk(2)
+            matrices |= {("gate", expert): gate, ("up", expert): up, ("down", expert): block.down(expert)}
+        blocks = {
+            key: ggml.encode(weight.contiguous().numpy(), QuantType.IQ4_NL, None) for key, weight in matrices.items()
+        }
+        spool.put(index, blocks, [])
+    types = {(index, *key): QuantType.IQ4_NL for key in blocks}
+    hidden_SLD = stream.embed(TOKENS[:2])
+    with ThreadPoolExecutor(1) as pool:
+        model = QuantisedModel(stream, types, {}, spool, pool)
+        scales = {name: torch.nn.Parameter(scale_NS) for name, scale_NS in model.scales(index).items()}
+        with torch.no_grad():
+            for scale_NS in scales.values():
+                scale_NS *= 2
+        with stream.layer(index, without_experts=True) as layer:
+            model.prepare(index, layer, scales)
+            with model.gradients(index, layer, scales):
+                stream.apply(index, layer, hidden_SLD).square().sum().backward()
+            block = find_experts(layer)
+            assert block is not None
+            gate_up_proj, down_proj = block.module.gate_up_proj, block.module.down_proj
+            gate_up_proj.requires_grad_(True), down_proj.requires_grad_(True)
+            stream.apply(index, layer, hidden_SLD).square().sum().backward()
+            with torch.no_grad():
+                for expert in range(block.n_experts):
+                    gate, up = block.gate_up_rows(gate_up_proj.grad[expert] * gate_up_proj[expert]).chunk(2)
+                    down = block.down_rows(down_proj.grad[expert] * down_proj[expert])
+                    for matrix, moved_NK in (("gate", gate), ("up", up), ("down", down)):
+                        scale_NS = scales[f"layers.{index}.experts.{expert}.{matrix}.scales"]
+                        wanted_NS = moved_NK.unflatten(1, (-1, 32)).sum(-1) / 2
+                        found_NS = torch.zeros_like(wanted_NS) if scale_NS.grad is None else scale_NS.grad
+                        torch.testing.assert_close(
+                            found_NS, wanted_NS, rtol=1e-3, atol=1e-5 * float(wanted_NS.abs().max())
+                        )
+            assert any(scale_NS.grad is not None for scale_NS in scales.values())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_is_tuned_of_each_architecture(
     model_type: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
