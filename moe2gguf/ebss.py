@@ -5,7 +5,7 @@ The paper searches with beams, kept by -log P(S) / len(S) + σ(S) / τ, where
     σ(S) = mean over layers of sqrt(Σ_e (u_e - ū)² / (E - 1)),  u_e the share of selections that went to expert e,
 
 and the likelihood draws all beams to what the model says most often, soon to repetitions. Here every beam draws its
-tokens from the model's own distribution, which is what P is for, and after every few tokens all go on from the one
+tokens from the model's own distribution, which is what P is for, and after every 128 tokens all go on from the one
 that, with all text before it, uses the experts most evenly. What repeats itself is rejected.
 
 Shapes: G sequences at a time, W beams of each, L layers, E experts, K selected, T tokens of a batch.
@@ -24,8 +24,8 @@ from moe2gguf.sample import decode, draw, first_token, n_at_once
 from moe2gguf.text import CalibrationText
 
 BEAMS = 4
-# tokens that a beam goes by itself
-SEGMENT_TOKENS = 16
+# tokens that a beam goes by itself: choosing more often makes the text more even, and files calibrated on it worse
+SEGMENT_TOKENS = 128
 # of a text's runs of so many tokens, at most that share may have been there before
 REPEATED_RUN, REPEATED_SHARE = 8, 0.3
 # so many texts may be rejected for each that is kept

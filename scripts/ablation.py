@@ -43,8 +43,6 @@ VARIANTS = (
 )
 MORE = (
     Variant(calibrated_on="other"),
-    Variant(router="none", tuned=True),
-    Variant(calibrated_on="ebss", tuned=True),
     Variant(router="none", feedback=False),
     Variant(layout="stock"),
 )

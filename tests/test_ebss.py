@@ -34,6 +34,12 @@ def writer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.write_float(folder, tmp_path_factory.mktemp("ebss") / "float.gguf", ftype="f32")
 
 
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams follow the best within these short texts too."""
+    monkeypatch.setattr(ebss, "SEGMENT_TOKENS", 16)
+
+
 def write(writer: Path, n_sequences: int = 6, seed: int = 0, **options: Any) -> ebss.Balanced:
     return balanced_text(
         writer, n_sequences, 40, n_experts=N_EXPERTS, n_selected=TOP_K, kv_bytes_per_token=4096, n_threads=1, seed=seed,
