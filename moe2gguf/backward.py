@@ -25,6 +25,7 @@ Prepare = Callable[[int, nn.Module], None]
 # logits f32 (l, V), and where they are: the sequence, its tokens
 Loss = Callable[[torch.Tensor, int, slice], torch.Tensor]
 Listen = Callable[[int, nn.Module], AbstractContextManager]
+Last = Callable[[], AbstractContextManager]
 
 
 def chunks(hidden_SLD: torch.Tensor) -> list[tuple[int, slice]]:
@@ -44,13 +45,15 @@ def backward(
     batch_sequences: int,
     scratch_folder: Path,
     listen: Listen = lambda _index, _layer: nullcontext(),
+    last: Last = nullcontext,
     without_experts: Collection[int] = (),
 ) -> tuple[float, torch.Tensor]:
     """The sum of the loss, and its gradient by hidden_SLD, what the first layer is given. Not in inference mode.
 
     `prepare` may ask parameters of the layer for gradients, which `finish` finds on them before the layer is emptied;
-    those of what comes after the last layer are on the stream's own parameters. `listen` is around the second run.
-    Where the layer is loaded `without_experts`, `prepare` puts them in.
+    those of what comes after the last layer are on the stream's own parameters. `listen` is around the second run,
+    `last` around what comes after the last layer, there and back. Where the layer is loaded `without_experts`,
+    `prepare` puts them in.
     """
     inputs = States[int](INPUTS_BYTES, scratch_folder)
     parts = [slice(s, s + batch_sequences) for s in range(0, len(hidden_SLD), batch_sequences)]
@@ -61,12 +64,13 @@ def backward(
             with torch.no_grad():
                 hidden_SLD = torch.cat([stream.apply(index, layer, hidden_SLD[part]) for part in parts])
     total, gradient_SLD = 0.0, torch.empty_like(hidden_SLD)
-    for s, tokens in chunks(hidden_SLD):
-        hidden_1lD = hidden_SLD[s : s + 1, tokens].requires_grad_(True)
-        of_chunk = loss(stream.apply_head(hidden_1lD)[0], s, tokens)
-        of_chunk.backward()
-        total += float(of_chunk.detach())
-        gradient_SLD[s : s + 1, tokens] = _gradient(hidden_1lD)
+    with last():
+        for s, tokens in chunks(hidden_SLD):
+            hidden_1lD = hidden_SLD[s : s + 1, tokens].requires_grad_(True)
+            of_chunk = loss(stream.apply_head(hidden_1lD)[0], s, tokens)
+            of_chunk.backward()
+            total += float(of_chunk.detach())
+            gradient_SLD[s : s + 1, tokens] = _gradient(hidden_1lD)
     for index in reversed(range(stream.n_layers)):
         with stream.layer(index, without_experts=index in without_experts) as layer:
             prepare(index, layer)

@@ -38,6 +38,7 @@ from moe2gguf.pipeline import (
 )
 from moe2gguf.probes import BRANCHES_BYTES
 from moe2gguf.prune import n_kept, shrunk
+from moe2gguf.router import TRIALS_BYTES, held_out
 from moe2gguf.sample import n_at_once
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
@@ -269,24 +270,33 @@ def _fed_back_bytes(n_hidden: int, n_intermediate: int, n_chunk: int) -> int:
 
 
 def _tuning_bytes(source: Source, n_sequences: int, length: int) -> float:
-    """Layer and head as the file has them, on the way back of a step."""
+    """Layer, or head, as the file has it, on the way back of a step; or as the model's own stream goes through it."""
     vocabulary = source.tensor("token_embd.weight").shape
     head_bytes = F32_BYTES * prod(vocabulary)
-    # what a layer is given, by all of the text in two streams, and in this step
-    hidden, step = (F32_BYTES * n * length * vocabulary[1] for n in (n_sequences, per_step(n_sequences, length)))
+    # what a layer is given, by all of the text, by what is held out, and in this step
+    n_held_out = int(held_out(n_sequences, length).sum())
+    hidden, held_out_bytes, step = (
+        F32_BYTES * n * length * vocabulary[1] for n in (n_sequences, n_held_out, per_step(n_sequences, length))
+    )
     # Adam's two moments, gradient, value, and value at first of each super-block's scale
     states = 5 * F32_BYTES * source.n_params / gguf.QK_K
-    return (
-        _outer_params(source) * F32_BYTES
-        + head_bytes
-        + states
-        + 2 * hidden
+    layer_bytes = F32_BYTES * _largest_layer_params(source)
+    return states + max(
+        # two streams, one of them on disk later; embedding and head lie there while text is embedded
+        F32_BYTES * _outer_params(source) + head_bytes + 2 * hidden,
+        LOADING * layer_bytes + hidden + min(hidden, AWAY_BYTES / 2),
+        min(2 * hidden, AWAY_BYTES)
         + min(source.n_layer * step, INPUTS_BYTES)
         + 4 * step
         + max(
-            F32_BYTES * _largest_layer_params(source) + _graph_bytes(source, max(TUNING_BATCH_TOKENS, length)),
-            head_bytes + LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary[0] * F32_BYTES,
-        )
+            layer_bytes + _graph_bytes(source, max(TUNING_BATCH_TOKENS, length)),
+            # the model's head, the file's, and its gradient
+            F32_BYTES * _outer_params(source)
+            + 2 * head_bytes
+            + LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary[0] * F32_BYTES,
+        ),
+        # through the file as it was, as it is, and with one layer as it was
+        layer_bytes + 4 * held_out_bytes + min(source.n_layer * held_out_bytes, TRIALS_BYTES),
     )
 
 

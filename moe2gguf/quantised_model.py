@@ -37,20 +37,20 @@ class QuantisedModel:
         # encoded once: every step needs them twice
         self._blocks: dict[str, np.ndarray] = {}
         self._of_spool: set[str] = set()
+        # the model's own last norm and head, while the file's are in their place
+        self._exact: tuple[nn.Parameter, ...] = ()
         # the final norm, or nothing where that is of another kind
         self._norms = {name: module for name, module in stream.model.model.named_children() if is_rms_norm(module)}
-        stream.keep_ends()
-        self._exact = self._last()
         # what it holds as embedding stays as it is
-        is_tied = stream.head.weight is stream.embedding_VD
-        self._head_name = "embed_tokens" if is_tied else HEAD
-        self._head = nn.Parameter(stream.head.weight.clone(), requires_grad=False)
-        self._quantise(self._head_name, self._head, {})
+        self._head_name = "embed_tokens" if stream.head.weight is stream.embedding_VD else HEAD
+        self._of_spool_or_encoded(self._head_name, stream.head.weight)
         # of these layers `prepare` needs no more than the rest
         self.has_experts = frozenset(layer for layer, _, _ in types)
 
-    def scales(self, index: int) -> dict[str, torch.Tensor]:
-        """Ones for what the spool has of the layer, which has been prepared; after the last for the head."""
+    def scales(self, index: int, layer: nn.Module | None) -> dict[str, torch.Tensor]:
+        """Ones for what the spool has of the layer, which is as it was; of none, after the last, for the head."""
+        for name, weight_NK in _matrices_of(index, layer):
+            self._of_spool_or_encoded(name, weight_NK)
         found = {
             name: _ones(self._blocks[name], self._matrices[name].quant_type) for name in self._beside_experts(index)
         }
@@ -60,9 +60,8 @@ class QuantisedModel:
 
     def prepare(self, index: int, layer: nn.Module, weights: Weights) -> dict[str, nn.Parameter]:
         """Makes the layer the file's, with these routers, norms and scales; returns routers and norms."""
-        for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                self._quantise(f"layers.{index}.{path}", module.weight, weights)
+        for name, weight_NK in _matrices_of(index, layer):
+            self._quantise(name, weight_NK, weights)
         block = find_experts(layer)
         if block is not None and (of_layer := self._experts(index)):
 
@@ -78,36 +77,38 @@ class QuantisedModel:
 
     @contextmanager
     def after_last(self, weights: Weights) -> Iterator[dict[str, nn.Parameter]]:
-        """The file's head, with this final norm, which is handed out."""
+        """The file's head, with this final norm, which is handed out. Not while a layer is in memory, too."""
         norms = {
             name: nn.Parameter(weights.get(name, module.weight).detach().clone(), requires_grad=False)
             for name, module in self._norms.items()
         }
-        self._quantise(self._head_name, self._head, weights)
-        self._put((self._head, *norms.values()))
+        head = nn.Parameter(self.stream.head.weight.clone(), requires_grad=False)
+        self._quantise(self._head_name, head, weights)
+        self._exact = self._last()
+        self._put((head, *norms.values()))
         try:
             yield norms
         finally:
             self._put(self._exact)
+            self._exact = ()
 
     @contextmanager
     def gradients(self, index: int, layer: nn.Module, scales: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Passes back through the prepared layer also add to the gradients of those of the scales that it has."""
         with ExitStack() as stack:
-            for path, module in layer.named_modules():
-                name = SCALES(f"layers.{index}.{path}")
-                if isinstance(module, nn.Linear) and name in scales:
-                    stack.enter_context(_watched(module.weight, _adding((scales[name],), lambda moved: moved)))
+            for matrix, weight_NK in _matrices_of(index, layer):
+                if (name := SCALES(matrix)) in scales:
+                    stack.enter_context(_watched(weight_NK, _adding((scales[name],), lambda moved: moved)))
             if (block := find_experts(layer)) is not None:
                 stack.enter_context(_watched_experts(index, block, scales))
             yield
 
     @contextmanager
     def gradients_after_last(self, scales: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """As `gradients`, of the head."""
+        """As `gradients`, of the head, while it is the file's."""
         with ExitStack() as stack:
             if (name := SCALES(HEAD)) in scales:
-                stack.enter_context(_watched(self._head, _adding((scales[name],), lambda moved: moved)))
+                stack.enter_context(_watched(self.stream.head.weight, _adding((scales[name],), lambda moved: moved)))
             yield
 
     def put_scaled(self, index: int, weights: Weights) -> int:
@@ -127,7 +128,7 @@ class QuantisedModel:
         return len(experts) + len(matrices)
 
     def kl(self, exact_1lD: torch.Tensor, logits_lV: torch.Tensor) -> torch.Tensor:
-        """Σ over tokens of KL(model ‖ file), nats."""
+        """Σ over tokens of KL(model ‖ file), nats, in `after_last`."""
         found = self._last()
         self._put(self._exact)
         clean_lV = torch.log_softmax(self.stream.logits(exact_1lD)[0], -1)
@@ -147,26 +148,39 @@ class QuantisedModel:
         return {(matrix, expert): t for (layer, matrix, expert), t in self._types.items() if layer == index}
 
     def _beside_experts(self, index: int) -> list[str]:
-        """What the spool has of the layer, which has been prepared, beside its experts; after the last the head."""
+        """What the spool has of the layer beside its experts; after the last the head."""
         prefix = HEAD if index == self.stream.n_layers else f"layers.{index}."
         return sorted(name for name in self._of_spool if name.startswith(prefix))
 
     def _quantise(self, name: str, weight_NK: torch.Tensor, weights: Weights) -> None:
-        if (matrix := self._matrices.get(name)) is None:
+        if (blocks_NB := self._of_spool_or_encoded(name, weight_NK)) is None:
             return
-        if name not in self._blocks and (blocks_NB := self._spool.matrix(name, weight_NK.detach().numpy())) is not None:
-            self._blocks[name] = blocks_NB
-            self._of_spool.add(name)
-        parts = weight_NK.data.split(ROWS_PER_JOB)
-        if name not in self._blocks:
-            jobs = [
-                self._pool.submit(ggml.encode, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
-            ]
-            self._blocks[name] = np.concatenate([job.result() for job in jobs])
-        blocks_NB = rescaled(self._blocks[name], matrix.quant_type, weights.get(SCALES(name)))
+        quant_type, parts = self._matrices[name].quant_type, weight_NK.data.split(ROWS_PER_JOB)
+        blocks_NB = rescaled(blocks_NB, quant_type, weights.get(SCALES(name)))
         borders = range(ROWS_PER_JOB, len(blocks_NB), ROWS_PER_JOB)
         for part, rows_NB in zip(parts, np.split(blocks_NB, borders), strict=True):
-            part.copy_(torch.from_numpy(ggml.decode(rows_NB, matrix.quant_type, part.shape[1])))
+            part.copy_(torch.from_numpy(ggml.decode(rows_NB, quant_type, part.shape[1])))
+
+    def _of_spool_or_encoded(self, name: str, weight_NK: torch.Tensor) -> np.ndarray | None:
+        """The matrix' blocks, None where it stays as it is."""
+        if (matrix := self._matrices.get(name)) is None or name in self._blocks:
+            return self._blocks.get(name)
+        weight_NK = weight_NK.detach()
+        if (blocks_NB := self._spool.matrix(name, weight_NK.numpy())) is not None:
+            self._of_spool.add(name)
+        else:
+            jobs = [
+                self._pool.submit(ggml.encode, part.numpy(), matrix.quant_type, matrix.importance_K)
+                for part in weight_NK.split(ROWS_PER_JOB)
+            ]
+            blocks_NB = np.concatenate([job.result() for job in jobs])
+        self._blocks[name] = blocks_NB
+        return blocks_NB
+
+
+def _matrices_of(index: int, layer: nn.Module | None) -> list[tuple[str, torch.Tensor]]:
+    modules = () if layer is None else layer.named_modules()
+    return [(f"layers.{index}.{path}", module.weight) for path, module in modules if isinstance(module, nn.Linear)]
 
 
 def rescaled(blocks_NB: np.ndarray, quant_type: QuantType, scale_NS: torch.Tensor | None) -> np.ndarray:

@@ -5,7 +5,7 @@ Shapes: S sequences, L tokens of each, D hidden.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
@@ -22,6 +22,15 @@ def remove_left_behind(work_folder: Path) -> None:
     """By runs that were killed."""
     for folder in work_folder.glob(f"**/{SCRATCH_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def by_sequence(hidden_SLD: torch.Tensor, limit_bytes: int, scratch_folder: Path) -> "States[int]":
+    """Each sequence by its number."""
+    states = States[int](limit_bytes, scratch_folder)
+    for s in range(len(hidden_SLD)):
+        # a part of it would keep all of it
+        states[s] = hidden_SLD[s : s + 1].clone()
+    return states
 
 
 class States(Generic[Key]):
@@ -68,6 +77,10 @@ class States(Generic[Key]):
             file.seek((sequence * length + first) * width * 4, os.SEEK_SET)
             values = np.fromfile(file, np.float32, n * width)
         return torch.from_numpy(values).view(1, n, width)
+
+    def parts(self, keys: Iterable[Key]) -> torch.Tensor:
+        """One after the other, f32 (Σ S, L, D)."""
+        return torch.cat([self[key] for key in keys])
 
     def close(self) -> None:
         self._in_memory.clear()

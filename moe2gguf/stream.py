@@ -117,7 +117,6 @@ class LayerStream:
         self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
         self._names_by_layer, self._expert_names, self._end_names, self._other_names = self._group_names()
-        self._keeps_ends = False
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
         self.model.model.layers = nn.ModuleList(self._stand_ins)
         self._call_kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -141,11 +140,6 @@ class LayerStream:
     def head(self) -> nn.Linear:
         self._load_ends()
         return self.model.get_output_embeddings()
-
-    def keep_ends(self) -> None:
-        """Embedding and head stay in memory, and whatever is put in their place."""
-        self._load_ends()
-        self._keeps_ends = True
 
     def _load_ends(self) -> None:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
@@ -208,8 +202,7 @@ class LayerStream:
     def layer(self, index: int, *, without_experts: bool = False) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights, emptied again on leaving. `without_experts`: theirs are zeros, for
         others to be put in their place, which is most of the loading."""
-        if not self._keeps_ends:
-            self._drop_ends()
+        self._drop_ends()
         layer = self.layers[index]
         self.model.model.layers[index] = layer
         left_out = self._expert_names if without_experts else set()
@@ -233,17 +226,21 @@ class LayerStream:
                         )
             _return_freed_memory()
 
-    # what is kept for later calls may meet gradients there, which inference mode's tensors cannot
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
         self._load_ends()
-        self.model.model(input_ids=tokens_BL, use_cache=False)
-        self._call_kwargs[tokens_BL.shape[0], tokens_BL.shape[1]] = [s.call_kwargs for s in self._stand_ins]
+        self._call((tokens_BL.shape[0], tokens_BL.shape[1]), input_ids=tokens_BL)
         hidden_BLD = self._stand_ins[0].seen_BLD
         assert hidden_BLD is not None
         return hidden_BLD
+
+    # what is kept for later calls may meet gradients there, which inference mode's tensors cannot
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _call(self, shape: tuple[int, int], **given: torch.Tensor) -> None:
+        """What each layer is called with beside hidden states of this shape."""
+        self.model.model(**given, use_cache=False)
+        self._call_kwargs[shape] = [s.call_kwargs for s in self._stand_ins]
 
     @torch.inference_mode()
     def run(self, index: int, layer: nn.Module, hidden_BLD: torch.Tensor) -> torch.Tensor:
@@ -254,7 +251,8 @@ class LayerStream:
         """As `run`, with gradients where they are asked for."""
         shape = (hidden_BLD.shape[0], hidden_BLD.shape[1])
         if shape not in self._call_kwargs:
-            self.embed(torch.zeros(shape, dtype=torch.int64))
+            # no tokens: that would load the embedding beside a layer
+            self._call(shape, inputs_embeds=torch.zeros(hidden_BLD.shape))
         out = layer(hidden_BLD, **self._call_kwargs[shape][index])
         return out[0] if isinstance(out, tuple) else out
 

@@ -9,8 +9,8 @@ Shapes: S sequences, L tokens of each, l tokens of one of them, B sequences at a
 K selected experts per token, V vocabulary.
 """
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import gguf
@@ -26,9 +26,9 @@ from moe2gguf.quantised_model import QuantisedModel, Weights, tunable
 from moe2gguf.router import TRIALS_BYTES, agreement, held_out
 from moe2gguf.source import Source
 from moe2gguf.spool import Spool, Tuned
-from moe2gguf.states import States
+from moe2gguf.states import States, by_sequence
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import Matrices, Progress, Streams, Types
+from moe2gguf.streams import AWAY_BYTES, Matrices, Progress, Streams, Types
 
 # that take all of the text twice, if it is not too long for that
 N_STEPS = 16
@@ -67,13 +67,17 @@ def tune(
     with ggml.encoding_threads(n_threads) as pool:
         model = QuantisedModel(stream, types, matrices, spool, pool)
         streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
+        found = by_sequence(streams.found_SLD, AWAY_BYTES // 2, spool.folder)
+        del streams.found_SLD
         names = _Names(source)
         before, selected = _as_it_was(model, streams, spool, names, held_out_S)
-        found_SLD, exact_SLD = streams.found_SLD, streams.exact_SLD
-        judge = Judge(model, found_SLD[held_out_S], exact_SLD[held_out_S], selected, spool, progress)
-        after = descended(
-            model, before, found_SLD[~held_out_S], exact_SLD[~held_out_S], seed=seed, spool=spool, progress=progress
-        )
+        exact = by_sequence(streams.exact_SLD, AWAY_BYTES // 2, spool.folder)
+        del streams.exact_SLD
+        fit, held_out_H = ((held_out_S == is_held_out).nonzero()[:, 0].tolist() for is_held_out in (False, True))
+        after = descended(model, before, fit, found, exact, seed=seed, spool=spool, progress=progress)
+        judge = Judge(model, found.parts(held_out_H), exact.parts(held_out_H), selected, spool, progress)
+        for states in (found, exact):
+            states.close()
         trial = judge.trial(before, after, range(stream.n_layers + 1))
         helps = {unit for unit, kl in trial.kl_without.items() if kl > trial.kl_after}
         kept = {name: weight for name, weight in after.items() if _unit(name, stream.n_layers) in helps}
@@ -108,9 +112,8 @@ def _as_it_was(
                     before[name] = torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().clone()
             if block is not None:
                 selected[index] = capture.selected()[held_out_T]
-            model.prepare(index, layer, {})
-            before |= model.scales(index)
-    before |= model.scales(model.stream.n_layers)
+            before |= model.scales(index, layer)
+    before |= model.scales(model.stream.n_layers, None)
     with model.after_last({}) as norms:
         before |= {name: weight.clone() for name, weight in norms.items() if names.add(name, weight, None)}
     return before, selected
@@ -147,16 +150,17 @@ def per_step(n_sequences: int, length: int) -> int:
 def descended(
     model: QuantisedModel,
     start: Weights,
-    found_SLD: torch.Tensor,
-    exact_SLD: torch.Tensor,
+    sequences: list[int],
+    found: States[int],
+    exact: States[int],
     *,
     seed: int,
     spool: Spool,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Adam's weights. found_SLD: what the first layer is given; exact_SLD: what the model's own last layer gives."""
-    n_sequences, length, _ = found_SLD.shape
-    at_once = per_step(n_sequences, length)
+    """Adam's weights. By sequence, found is what the first layer is given, exact what the model's last gives."""
+    length = next((found[s].shape[1] for s in sequences), 0)
+    at_once = per_step(len(sequences), length)
     weights = {name: nn.Parameter(weight.clone()) for name, weight in start.items()}
     groups = [
         {"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in weights.values()
@@ -166,15 +170,14 @@ def descended(
     order: list[int] = []
     now = {name: weight.detach() for name, weight in weights.items()}  # the same memory
     rate = 0.0
-    for step in range(N_STEPS if n_sequences else 0):
+    for step in range(N_STEPS if sequences else 0):
         progress("tuning", step, N_STEPS)
         while len(order) < at_once:
-            order += rng.permutation(n_sequences).tolist()
-        step_S, order = torch.tensor(order[:at_once]), order[at_once:]
-        exact_BLD = exact_SLD[step_S]
+            order += rng.permutation(sequences).tolist()
+        step_S, order = order[:at_once], order[at_once:]
 
-        def loss(logits_lV: torch.Tensor, s: int, tokens: slice, exact_BLD: torch.Tensor = exact_BLD) -> torch.Tensor:
-            return model.kl(exact_BLD[s : s + 1, tokens], logits_lV) / exact_BLD[..., 0].numel()
+        def loss(logits_lV: torch.Tensor, s: int, tokens: slice, step_S: list[int] = step_S) -> torch.Tensor:
+            return model.kl(exact.part(step_S[s], 0, tokens), logits_lV) / (len(step_S) * length)
 
         def prepare(index: int, layer: nn.Module) -> None:
             for weight in model.prepare(index, layer, now).values():
@@ -188,17 +191,21 @@ def descended(
                 if name in weights:
                     weights[name].grad = weight.grad
 
+        @contextmanager
+        def last() -> Iterator[None]:
+            with model.after_last(now) as norms, model.gradients_after_last(weights):
+                for norm in norms.values():
+                    norm.requires_grad_(True)
+                yield
+                for name in norms.keys() & weights.keys():
+                    weights[name].grad = norms[name].grad
+
         optimiser.zero_grad()
-        with model.after_last(now) as norms, model.gradients_after_last(weights):
-            for norm in norms.values():
-                norm.requires_grad_(True)
-            kl, _ = backward(
-                model.stream, found_SLD[step_S], loss, prepare=prepare, finish=finish, listen=listen,
-                batch_sequences=max(1, BATCH_TOKENS // length), scratch_folder=spool.folder,
-                without_experts=model.has_experts,
-            )  # fmt: skip
-            for name in norms.keys() & weights.keys():
-                weights[name].grad = norms[name].grad
+        kl, _ = backward(
+            model.stream, found.parts(step_S), loss, prepare=prepare, finish=finish, listen=listen, last=last,
+            batch_sequences=max(1, BATCH_TOKENS // length), scratch_folder=spool.folder,
+            without_experts=model.has_experts,
+        )  # fmt: skip
         rate = rate or min(MAX_LEARNING_RATE, LEARNING_RATE * kl)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)

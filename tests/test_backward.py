@@ -1,6 +1,7 @@
 """The backward sweep, layer by layer, is torch's own through the whole model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,18 @@ def streamed(folder: Path, scratch: Path) -> tuple[float, dict[str, torch.Tensor
     def loss(logits_lV: torch.Tensor, sequence: int, tokens: slice) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits_lV, TOKENS_SL[sequence, tokens], reduction="sum")
 
-    stream.keep_ends()
-    stream.head.requires_grad_(True)
+    @contextmanager
+    def last() -> Iterator[None]:
+        weight = stream.head.weight.requires_grad_(True)
+        yield
+        assert weight.grad is not None
+        found["lm_head.weight"] = weight.grad
+
     total, found["embeddings"] = backward(
         stream, stream.embed(TOKENS_SL), loss, prepare=prepare, finish=finish, batch_sequences=BATCH_SEQUENCES,
-        scratch_folder=scratch,
+        scratch_folder=scratch, last=last,
     )  # fmt: skip
-    assert stream.head.weight.grad is not None
-    return total, found | {"lm_head.weight": stream.head.weight.grad}
+    return total, found
 
 
 def whole(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe2gguf.states import SCRATCH_PREFIX, States, remove_left_behind
+from moe2gguf.states import SCRATCH_PREFIX, States, by_sequence, remove_left_behind
 from tests.test_calibrate import assert_same, run_calibration
 
 
@@ -23,8 +23,16 @@ def test_what_is_put_comes_back(n_in_memory: int, tmp_path: Path) -> None:
     for key, state_SLD in given.items():
         assert torch.equal(states[key], state_SLD)
         assert torch.equal(states.part(key, 1, slice(2, 6)), state_SLD[1:2, 2:6])
+    assert torch.equal(states.parts("ca"), torch.cat([given["c"], given["a"]]))
     states.close()
     assert not [*tmp_path.iterdir()]
+
+
+def test_sequences_of_one_stream_by_themselves(tmp_path: Path) -> None:
+    hidden_SLD = torch.randn(5, 8, 4)
+    states = by_sequence(hidden_SLD, 2 * hidden_SLD[0].nbytes, tmp_path)
+    assert len([*tmp_path.rglob("*.f32")]) == 3
+    assert torch.equal(states.parts([4, 0, 2]), hidden_SLD[[4, 0, 2]])
 
 
 def test_what_killed_runs_leave_goes(tmp_path: Path) -> None:
