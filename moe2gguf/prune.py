@@ -40,8 +40,8 @@ BATCH_TOKENS = 4096
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
-# what has a row for every expert: fused experts, and what scores them
-_FUSED = re.compile(r"\.(experts|gate|router|input_linear|output_linear)\.(?!\d)")
+# what has a row for every expert: fused experts, what scores them, what is added for the choice
+_FUSED = re.compile(r"\.(experts|gate|router|input_linear|output_linear)\.(?!\d)|\.(expert|e_score_correction)_bias$")
 
 
 def n_kept(source: Source, share: float) -> int:

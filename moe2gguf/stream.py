@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe2gguf.errors import SourceError
+from moe2gguf.experts import find_experts
 
 # as transformers names them: of a module of experts, no module of their own
 EXPERT_MATRICES = (".gate_up_proj", ".down_proj")
@@ -113,6 +114,11 @@ class LayerStream:
         self.model.requires_grad_(False)
         self.config = config
         self.layers: list[nn.Module] = list(self.model.model.layers)
+        if not any(find_experts(layer) for layer in self.layers):
+            raise SourceError(
+                f"no experts in {folder}, or transformers holds {config.model_type}'s in a form that is not supported "
+                "yet; please report the model"
+            )
         self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
         self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)

@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moe2gguf.source import expert_axis, layer_of, open_source
+from moe2gguf.errors import SourceError
+from moe2gguf.source import SourceTensor, expert_axis, layer_of, open_source
 
-# Tensor numbers start here, positions stay below it, and float32 holds both exactly.
+# Tensor numbers start here and are even, positions stay below it, and float32 holds both exactly.
 FIRST_NUMBER = 2**23
 
 
@@ -30,7 +31,7 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
     """Writes `hf_folder` again as `out_folder`, with the values of `gguf_path` as float32 in one file."""
     values = dequantised_tensors(gguf_path)
     shapes = _float_shapes(hf_folder)
-    numbers = _converted(hf_folder, {n: torch.full(s, FIRST_NUMBER + i) for i, (n, s) in enumerate(shapes.items())})
+    numbers = _converted(hf_folder, {n: torch.full(s, FIRST_NUMBER + 2 * i) for i, (n, s) in enumerate(shapes.items())})
     positions = _converted(hf_folder, {n: torch.arange(prod(s)).reshape(s) for n, s in shapes.items()})
     assert numbers.keys() == values.keys(), numbers.keys() ^ values.keys()
 
@@ -39,13 +40,15 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
     for gguf_name, number in numbers.items():
         if (number < FIRST_NUMBER).all():
             continue  # made by the converter from the configuration, such as RoPE factors
+        if not np.isfinite(number).all() or (number % 2 != 0).any():
+            continue  # computed, such as 1 + a norm's weight or -exp(A_log)
         for index in np.unique(number):
             chosen = number == index
-            flat[names[int(index) - FIRST_NUMBER]][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][
-                chosen
-            ]
-    unread = [name for name, value in flat.items() if np.isnan(value).any()]
-    assert not unread, f"the converter does not use {unread}"
+            name = names[(int(index) - FIRST_NUMBER) // 2]
+            flat[name][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][chosen]
+    for name, value in flat.items():
+        if np.isnan(value).any():  # what is computed of it is not quantised, or the check below fails
+            value[:] = _float_tensor(hf_folder, name).flatten()
 
     shutil.copytree(hf_folder, out_folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     _write_float_checkpoint(out_folder, {name: torch.from_numpy(flat[name].reshape(shapes[name])) for name in names})
@@ -94,7 +97,22 @@ def _converted(hf_folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, n
         folder = Path(scratch) / hf_folder.name
         shutil.copytree(hf_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         _write_float_checkpoint(folder, {name: tensor.float() for name, tensor in tensors.items()})
-        return {tensor.name: tensor.load() for tensor in open_source(folder).tensors}
+        return {tensor.name: _load(tensor) for tensor in open_source(folder).tensors}
+
+
+def _load(tensor: SourceTensor) -> np.ndarray:
+    try:
+        return tensor.load()
+    except SourceError:  # the exponential of a number
+        return np.full(tensor.shape, np.inf, np.float32)
+
+
+def _float_tensor(hf_folder: Path, name: str) -> np.ndarray:
+    for file in hf_folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            if name in shard.keys():  # noqa: SIM118
+                return shard.get_tensor(name).float().numpy()
+    raise AssertionError(f"no {name} in {hf_folder}")
 
 
 def _write_float_checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

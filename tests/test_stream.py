@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.errors import SourceError
 from moe2gguf.stream import LayerStream
@@ -204,3 +205,12 @@ def test_a_quantised_checkpoint_is_refused(tiny: Callable[..., Path], tmp_path: 
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(SourceError, match="is quantised with fp8; calibrate on the unquantised checkpoint"):
         LayerStream(folder)
+
+
+def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    """As one whose experts transformers holds in another form, such as Llama 4's."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=N_VOCAB, num_key_value_heads=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="transformers holds llama's in a form"):
+        LayerStream(tmp_path)

@@ -285,10 +285,11 @@ def test_what_is_tuned_of_each_architecture(
     monkeypatch.setattr(tuning, "N_STEPS", 2)
     monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, dict.fromkeys(range(4), 0.15)))
     folder, spool = tiny(model_type, hidden=64, intermediate=64), Spool(tmp_path)
-    # the head alone, so that there is something to make up for
+    # the head alone, so that there is something to make up for; where it is the embedding, both
+    matrices = dict.fromkeys(("lm_head", "embed_tokens"), Matrix(QuantType.Q4_0, None))
     tune(
-        open_source(folder), LayerStream(folder), TOKENS_SL, {}, {"lm_head": Matrix(QuantType.Q4_0, None)}, spool,
-        seed=0, n_threads=2, progress=lambda *_: None,
+        open_source(folder), LayerStream(folder), TOKENS_SL, {}, matrices, spool, seed=0, n_threads=2,
+        progress=lambda *_: None,
     )  # fmt: skip
     found = spool.tuned()
     assert found is not None
@@ -296,8 +297,9 @@ def test_what_is_tuned_of_each_architecture(
     assert {name: weight.shape for name, weight in found.weights.items()} == {
         name: shape
         for name, shape in shapes.items()
-        # phimoe's are LayerNorms
-        if name.endswith("ffn_gate_inp.weight") or ("norm.weight" in name and model_type != "phimoe")
+        # phimoe's are LayerNorms, and qwen3_next's are 1 + what the checkpoint has
+        if name.endswith("ffn_gate_inp.weight")
+        or ("norm.weight" in name and model_type not in ("phimoe", "qwen3_next"))
     }
     tensors = {tensor.name: tensor.load() for tensor in open_source(folder).tensors if tensor.name in found.weights}
     for name, weight in found.weights.items():

@@ -58,6 +58,12 @@ SIZES = {
     "granitemoe_swa": ("num_local_experts", "intermediate_size"),
     "phimoe": ("num_local_experts", "intermediate_size"),
     "gpt_oss": ("num_local_experts", "intermediate_size"),
+    "granitemoeshared": ("num_local_experts", "intermediate_size"),
+    "glm4_moe": ("n_routed_experts", "moe_intermediate_size"),
+    "dots1": ("n_routed_experts", "moe_intermediate_size"),
+    "minimax_m2": ("num_local_experts", "intermediate_size"),
+    "lfm2_moe": ("num_experts", "moe_intermediate_size"),
+    "qwen3_next": ("num_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
 
@@ -71,6 +77,9 @@ LATENT_ATTENTION = {
 }
 # the first layer is dense: three, so that two have experts
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 512, "num_hidden_layers": 3}
+SHARED_EXPERT = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
+# that the converter gives a part by their names
+GLM_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]
 GRANITE_SCALES = {
     "embedding_multiplier": 2.0,
     "residual_multiplier": 0.5,
@@ -97,6 +106,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoe_swa": GRANITE_SCALES | {"shared_intermediate_size": 512, "sliding_window": 32},
     # biases on attention, norms and output; LongRoPE comes in make_tiny
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "granitemoeshared": GRANITE_SCALES | {"shared_intermediate_size": 512},
+    # sigmoid routers with a bias for the choice, one group
+    "glm4_moe": DENSE_FIRST | SHARED_EXPERT | {"head_dim": 32, "use_qk_norm": True, "attention_bias": True},
+    "dots1": DENSE_FIRST | SHARED_EXPERT | {"num_key_value_heads": 4, "scoring_func": "sigmoid"},
+    "minimax_m2": {"head_dim": 64, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    # convolutions in the place of attention, but for some layers
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "intermediate_size": 512,
+        "tie_word_embeddings": True,
+    },
+    # linear attention, but for every nth layer; a shared expert with a gate of its own; norms of 1 + weight
+    "qwen3_next": {
+        "full_attention_interval": 2,
+        "head_dim": 64,
+        "shared_expert_intermediate_size": 512,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+    },
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
     "gpt_oss": {
         "head_dim": 64,
@@ -223,11 +255,13 @@ def _save_tokenizer(folder: Path, model_type: str) -> None:
         [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    named = GLM_TOKENS if model_type.startswith("glm4") else []
     trainer = trainers.BpeTrainer(
-        vocab_size=N_VOCAB - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=N_VOCAB - 1 - len(named), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.add_tokens(named, special_tokens=True)
     assert len(fast) == N_VOCAB
     fast.save_pretrained(folder)
     if model_type == "phimoe":

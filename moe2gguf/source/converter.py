@@ -47,6 +47,8 @@ def convert_lazily(
         model_class = _model_class(conversion, folder)
         if pre_tokenizer is not None and pre_tokenizer not in known_pre_tokenizers(model_class):
             raise _unknown_pre_tokenizer(f"{pre_tokenizer} is not a pre-tokenizer of llama.cpp", model_class)
+        # heads that predict further tokens: transformers does not run them, so nothing could be measured of theirs
+        model_class.no_mtp = True
         try:
             # ALL_F32 because it loses nothing: the type each tensor gets is decided later, by us
             model = model_class(
