@@ -38,6 +38,9 @@ RECORD = "moe2gguf_pruning"
 BATCH_TOKENS = 4096
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# heads that predict further tokens, which transformers does not run: layers of their own, or after the last
+_AHEAD = re.compile(r"(?:model\.)?(?:mtp\.|(?:language_model\.)?layers\.(\d+)\.)")
+_N_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 # what has a row for every expert: fused experts, what scores them, what is added for the choice
@@ -155,7 +158,8 @@ def most_salient(saliency_E: np.ndarray, kept: int) -> list[int]:
 
 def write_pruned(source: Source, kept: Mapping[int, list[int]], folder: Path, record: dict[str, Any],
                  progress: Progress) -> None:  # fmt: skip
-    """The checkpoint with the experts `kept` of each layer alone, one layer in memory at a time, aside and renamed.
+    """The checkpoint with the experts `kept` of each layer alone, and without heads that predict further tokens; one
+    layer in memory at a time, aside and renamed.
 
     Raises SourceError for a checkpoint whose experts cannot be told apart.
     """
@@ -171,6 +175,8 @@ def write_pruned(source: Source, kept: Mapping[int, list[int]], folder: Path, re
     shards = Shards.of(source.path)
     names_of: dict[int | None, list[str]] = {}
     for name in sorted(shards.file_of):
+        if (ahead := _AHEAD.match(name)) and (ahead[1] is None or int(ahead[1]) >= source.n_layer):
+            continue
         match = _LAYER.search(name)
         names_of.setdefault(int(match[1]) if match else None, []).append(name)
     parts = sorted(names_of, key=lambda layer: -1 if layer is None else layer)
@@ -194,7 +200,8 @@ def _config(source: Source, kept: Mapping[int, list[int]], record: dict[str, Any
     if not counts:
         raise SourceError(f"no number of experts ({', '.join(_COUNTS)}) in {source.path / 'config.json'}")
     named = {str(layer): experts for layer, experts in sorted(kept.items())}
-    return config | dict.fromkeys(counts, n_left) | {RECORD: record | {"kept_experts": named}}
+    none_ahead = {key: 0 for key in _N_AHEAD if key in config}
+    return config | none_ahead | dict.fromkeys(counts, n_left) | {RECORD: record | {"kept_experts": named}}
 
 
 def _kept_tensors(slices: Mapping[str, Any], kept: list[int] | None, source: Source) -> dict[str, torch.Tensor]:
@@ -203,14 +210,10 @@ def _kept_tensors(slices: Mapping[str, Any], kept: list[int] | None, source: Sou
     n_pruned = 0
     for name, part in slices.items():
         match = _EXPERT.search(name)
-        if match is None and not (_FUSED.search(name) and part.get_shape()[:1] == [source.n_expert]):
+        is_fused = _FUSED.search(name) is not None and part.get_shape()[:1] == [source.n_expert]
+        if kept is None or (match is None and not is_fused):
             tensors[name] = part[:]
             continue
-        if kept is None:
-            raise SourceError(
-                f"{name} of {source.path} is an expert's outside of the layers that the model runs; remove that layer "
-                "from the checkpoint, or convert without --prune-experts"
-            )
         n_pruned += 1
         if match is None:
             tensors[name] = part[:][kept].contiguous()

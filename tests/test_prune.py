@@ -1,6 +1,7 @@
 """Static pruning: scores against a plain loop, every architecture's checkpoint against the whole one, the file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,7 @@ from moe2gguf.stream import LayerStream
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, N_EXPERTS, cheap_measurements
 from tests.logits import llama_logits, transformers_logits
-from tests.tiny_moe import MODEL_TYPES, load_whole
+from tests.tiny_moe import MODEL_TYPES, load_whole, with_head_ahead
 
 TOKENS_SL = np.random.default_rng(0).integers(0, 300, (3, 16))
 # routers that choose among groups of experts first
@@ -150,3 +151,19 @@ def test_a_checkpoint_that_answers_another_request(tiny, small_text: Path, tmp_p
 def test_shares_out_of_reach(model_type: str, share: float, sentence: str, tiny) -> None:
     with pytest.raises(Moe2ggufError, match=sentence):
         n_kept(open_source(tiny(model_type)), share)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_next"])
+def test_heads_that_predict_further_tokens_go(model_type: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """They have experts, too, which the calibration text does not pass."""
+    folder = tiny(model_type)
+    published = with_head_ahead(folder, tmp_path / "published")
+    first = 1 if model_type == "glm4_moe" else 0
+    kept = {layer: [0, 2, 3, 5] for layer in range(first, open_source(folder).n_layer)}
+    for checkpoint, out in ((folder, "plain"), (published, "of-published")):
+        write_pruned(open_source(checkpoint), kept, tmp_path / out, {}, silent)
+    wanted, found = (dict(load_whole(tmp_path / out).named_parameters()) for out in ("plain", "of-published"))
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    index = json.loads((tmp_path / "of-published" / "model.safetensors.index.json").read_text())
+    assert index == json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
+    assert json.loads((tmp_path / "of-published" / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
 from moe2gguf.runtime import find_runtime, tool
-from tests.tiny_moe import CORPUS, MODEL_TYPES, make_tiny
+from tests.tiny_moe import CORPUS, MODEL_TYPES, make_tiny, with_head_ahead
 
 try:
     find_runtime()
@@ -526,15 +526,7 @@ def test_heads_that_predict_further_tokens_are_left_out(model_type: str, tmp_pat
     """Published checkpoints have them as one more layer, or beside the model's; transformers does not run them."""
     folder = make_tiny(model_type, tmp_path / "without")
     wanted = open_source(folder)
-    published = shutil.copytree(folder, tmp_path / "with")
-    tensors = load_file(published / "model.safetensors")
-    last = f"model.layers.{wanted.n_layer - 1}."
-    ahead = {"glm4_moe": f"model.layers.{wanted.n_layer}.", "qwen3_next": "mtp.layers.0."}[model_type]
-    tensors |= {name.replace(last, ahead): x.clone() for name, x in tensors.items() if name.startswith(last)}
-    save_file(tensors, published / "model.safetensors", {"format": "pt"})
-    config = json.loads((published / "config.json").read_text())
-    (published / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    found = open_source(published)
+    found = open_source(with_head_ahead(folder, tmp_path / "with"))
     assert (found.n_layer, found.n_params) == (wanted.n_layer, wanted.n_params)
     assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in wanted.tensors]
     assert not any("nextn" in pair.key for pair in found.kv)

@@ -6,6 +6,7 @@ the router prefers some experts without always taking the same, and logits sprea
 
 import json
 import math
+import shutil
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,19 @@ def make_tiny(
     if model_type in PUBLISHED_ARCHITECTURE:
         _edit_json(folder / "config.json", architectures=[PUBLISHED_ARCHITECTURE[model_type]])
     return folder
+
+
+def with_head_ahead(folder: Path, published: Path) -> Path:
+    """With a head that predicts a further token, a copy of the last layer, where published checkpoints have it."""
+    shutil.copytree(folder, published)
+    config = json.loads((folder / "config.json").read_text())
+    n_layers, tensors = config["num_hidden_layers"], load_file(folder / "model.safetensors")
+    last = f"model.layers.{n_layers - 1}."
+    ahead = "mtp.layers.0." if config["model_type"] == "qwen3_next" else f"model.layers.{n_layers}."
+    tensors |= {name.replace(last, ahead): x.clone() for name, x in tensors.items() if name.startswith(last)}
+    save_file(tensors, published / "model.safetensors", {"format": "pt"})
+    _edit_json(published / "config.json", num_nextn_predict_layers=1)
+    return published
 
 
 def load_whole(folder: Path) -> PreTrainedModel:
