@@ -42,7 +42,7 @@ FLOAT_NOISE = 5e-5
 # The median, because a token whose router is nearly tied goes to another expert then, and rightly so.
 ROUNDING_NOISE = 0.04
 # linear attention's state carries it on from token to token
-RECURRENT_NOISE = {"qwen3_next": 0.15}
+RECURRENT_NOISE = {"qwen3_next": 0.15, "qwen3_5_moe_text": 0.15}
 
 
 def expert_types(path: Path) -> dict[tuple[int | None, str], list[str]]:

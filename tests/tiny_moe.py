@@ -65,6 +65,7 @@ SIZES = {
     "minimax_m2": ("num_local_experts", "intermediate_size"),
     "lfm2_moe": ("num_experts", "moe_intermediate_size"),
     "qwen3_next": ("num_experts", "moe_intermediate_size"),
+    "qwen3_5_moe_text": ("num_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
 
@@ -78,6 +79,16 @@ LATENT_ATTENTION = {
 }
 # the first layer is dense: three, so that two have experts
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 512, "num_hidden_layers": 3}
+# but for every nth layer; a shared expert with a gate of its own; norms of 1 + weight
+LINEAR_ATTENTION = {
+    "full_attention_interval": 2,
+    "head_dim": 64,
+    "shared_expert_intermediate_size": 512,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
 SHARED_EXPERT = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 # that the converter gives a part by their names
 GLM_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]
@@ -120,16 +131,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": 512,
         "tie_word_embeddings": True,
     },
-    # linear attention, but for every nth layer; a shared expert with a gate of its own; norms of 1 + weight
-    "qwen3_next": {
-        "full_attention_interval": 2,
-        "head_dim": 64,
-        "shared_expert_intermediate_size": 512,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
-    },
+    "qwen3_next": LINEAR_ATTENTION,
+    # its tokenizer adds tokens of its own
+    "qwen3_5_moe_text": LINEAR_ATTENTION | {"vocab_size": N_VOCAB + 32},
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
     "gpt_oss": {
         "head_dim": 64,
