@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moe2gguf.backward import backward
-from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample, tokens_of
+from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample_tokens, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.interim import Interim, Passed
@@ -284,15 +284,16 @@ def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: in
     """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE, arXiv 2410.06270)."""
     x_TD, ids_TK, gates_TK = capture.routed()
     n_experts, n_selected = block.n_experts, ids_TK.shape[1]
-    probability_TE = torch.softmax(x_TD @ block.router_ED.T, dim=-1)
-    sample_nD, sample_probability_nE = layer_sample(block, x_TD)
+    probability_TE = torch.softmax(capture.scored() @ block.router_ED.T, dim=-1)
+    sample = layer_sample_tokens(len(x_TD))
+    sample_nD, sample_probability_nE = x_TD[sample], probability_TE[sample]
     layer_sq_D = x_TD.square().mean(0)
 
     counts_SE = torch.zeros(n_sequences, n_experts, dtype=torch.int32)
     sequence_TK = torch.arange(len(ids_TK))[:, None].expand_as(ids_TK) // (len(ids_TK) // n_sequences)
     counts_SE.index_put_((sequence_TK, ids_TK), torch.ones_like(ids_TK, dtype=torch.int32), accumulate=True)
 
-    sorted_TK = gates_TK.sort(dim=-1, descending=True).values
+    sorted_TK = block.chosen_by(ids_TK, gates_TK).sort(dim=-1, descending=True).values
     ratios_TK = sorted_TK[:, 1:] / sorted_TK[:, :1].clamp_min(1e-20)
     ratio_histogram = np.zeros((n_selected - 1, RATIO_BINS), np.int64)
     for k in range(n_selected - 1):

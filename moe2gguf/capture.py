@@ -55,6 +55,8 @@ class ExpertCapture:
     def __init__(self, block: ExpertBlock | None):
         self._block = block
         self._x: list[torch.Tensor] = []
+        self._scored: list[torch.Tensor] = []  # where the router is given something else
+        self._at_router: torch.Tensor | None = None
         self._ids: list[torch.Tensor] = []
         self._gates: list[torch.Tensor] = []
 
@@ -70,11 +72,21 @@ class ExpertCapture:
     def _hooks(self) -> list[RemovableHandle]:
         if self._block is None:
             return []
-        return [self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True)]
+        return [
+            self._block.router.register_forward_pre_hook(self._see_router, with_kwargs=True),
+            self._block.module.register_forward_pre_hook(self._see_experts, with_kwargs=True),
+        ]
+
+    def _see_router(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._at_router = (*args, *kwargs.values())[0].detach()
 
     def _see_experts(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         # every experts module takes hidden states, ids and gate weights, in this order, under various names
         hidden, ids, gates = (x.detach() for x in (*args, *kwargs.values())[:3])
+        # Gemma 4 normalises for each; in others it is the same memory
+        if self._at_router is not None and self._at_router.data_ptr() != hidden.data_ptr():
+            self._scored.append(self._at_router.reshape(-1, hidden.shape[-1]).clone())
+        self._at_router = None
         self._x.append(hidden.reshape(-1, hidden.shape[-1]).clone())
         self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
         self._gates.append(gates.reshape(-1, gates.shape[-1]).float().clone())
@@ -82,6 +94,10 @@ class ExpertCapture:
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x f32 (T, D), ids i64 (T, K), gate weights as applied f32 (T, K)."""
         return _joined(self._x), self.selected(), _joined(self._gates)
+
+    def scored(self) -> torch.Tensor:
+        """What the router multiplied, f32 (T, D): x in most models, and then the same tensor."""
+        return _joined(self._scored or self._x)
 
     def selected(self) -> torch.Tensor:
         """ids i64 (T, K)"""
@@ -140,15 +156,8 @@ def tokens_of(expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> tupl
     return token_n, gates_TK[token_n, slot_n]
 
 
-def layer_sample(block: ExpertBlock, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the whole layer, f32 (n, D), and every expert's softmax probability there, f32 (n, E).
-
-    They stand in where an expert has seen too little: it is run on tokens it did not win.
-    """
-    sample_nD = x_TD[layer_sample_tokens(len(x_TD))]
-    return sample_nD, torch.softmax(sample_nD @ block.router_ED.T, dim=-1)
-
-
 def layer_sample_tokens(n_tokens: int) -> slice:
+    """Tokens of the whole layer. They stand in where an expert has seen too little: it is run on tokens that it did
+    not win, each weighed by the expert's softmax probability there."""
     stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
     return slice(stride // 2, None, stride)

@@ -236,7 +236,7 @@ class _LayerWork:
         # stands in for what a cold expert has not seen
         stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
         self._sample_n = torch.arange(stride // 2, n_tokens, stride)
-        self._sample_probability_nE = torch.softmax(self._found_TD[self._sample_n] @ block.router_ED.T, dim=-1)
+        self._sample_probability_nE = torch.softmax(found.scored()[self._sample_n] @ block.router_ED.T, dim=-1)
 
     def encode(
         self, types: Mapping[tuple[str, int], QuantType], progress: Callable[[int, int], None]

@@ -4,7 +4,7 @@ transformers 5 fuses the experts of some seventy architectures into gate_up_proj
 (transposed, interleaved, biased) the module itself declares. Here every matrix is (features out, features in) and gate
 rows come before up rows, which is also the order in the GGUF.
 
-Shapes: E experts, I intermediate, D hidden, n tokens of one expert.
+Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per token, n tokens of one expert.
 """
 
 import dataclasses
@@ -18,10 +18,15 @@ from moe2gguf.errors import SourceError
 
 @dataclasses.dataclass(frozen=True)
 class ExpertBlock:
-    """The routed experts of one decoder layer, and the matrix that scores them."""
+    """The routed experts of one decoder layer, and what scores them."""
 
     module: Any  # transformers' experts module: no common base class declares its attributes
-    router_ED: torch.Tensor
+    router: Any  # has the matrix, is called with what it multiplies
+    gate_scale_E: torch.Tensor | None = None  # of Gemma 4's gate weights, after the choice
+
+    @property
+    def router_ED(self) -> torch.Tensor:
+        return self.router.weight
 
     @property
     def n_experts(self) -> int:
@@ -31,6 +36,10 @@ class ExpertBlock:
     def n_intermediate(self) -> int:
         down = self.module.down_proj
         return down.shape[1] if self.module.is_transposed else down.shape[2]
+
+    def chosen_by(self, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+        """Of gate weights as applied those as the router gives them, f32 (T, K): what skipping compares."""
+        return gates_TK if self.gate_scale_E is None else gates_TK / self.gate_scale_E[ids_TK]
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """f32 (2I, D), gate rows first. May share storage with the module."""
@@ -116,7 +125,8 @@ def find_experts(layer: nn.Module) -> ExpertBlock | None:
             for child in parent.modules():
                 weight = getattr(child, "weight", None)
                 if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == n_experts:
-                    return ExpertBlock(module, weight)
+                    scale = getattr(parent, "router", None)
+                    return ExpertBlock(module, child, getattr(scale, "per_expert_scale", None))
             raise SourceError(f"no router with {n_experts} rows beside {name} ({type(parent).__name__})")
         if hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
             raise SourceError(

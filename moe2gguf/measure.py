@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moe2gguf import ggml
-from moe2gguf.capture import ExpertCapture, MatrixCapture, layer_sample, layer_sample_tokens, tokens_of
+from moe2gguf.capture import ExpertCapture, MatrixCapture, layer_sample_tokens, tokens_of
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.ggml import QuantType
 from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
@@ -75,7 +75,7 @@ class Measure:
         """gradient_TD: of the loss, for labels drawn from the model's own distribution, by the block's output."""
         x_TD, ids_TK, gates_TK = capture.routed()
         sample = layer_sample_tokens(len(x_TD))
-        _, probability_nE = layer_sample(block, x_TD)
+        probability_nE = torch.softmax(capture.scored()[sample] @ block.router_ED.T, dim=-1)
         jobs: list[Future[np.ndarray]] = []
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)

@@ -40,7 +40,7 @@ class QuantisedModel:
         # the model's own last norm and head, while the file's are in their place
         self._exact: tuple[nn.Parameter, ...] = ()
         # the final norm, or nothing where that is of another kind
-        self._norms = {name: module for name, module in stream.model.model.named_children() if is_rms_norm(module)}
+        self._norms = {name: module for name, module in stream.text_model.named_children() if is_rms_norm(module)}
         # what it holds as embedding stays as it is
         self._head_name = "embed_tokens" if stream.head.weight is stream.embedding_VD else HEAD
         self._of_spool_or_encoded(self._head_name, stream.head.weight)
@@ -246,7 +246,7 @@ def _watched_experts(index: int, block: ExpertBlock, scales: Mapping[str, nn.Par
 
 def is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and weight.ndim == 1
+    return "RMSNorm" in type(module).__name__ and isinstance(weight, torch.Tensor) and weight.ndim == 1
 
 
 def tunable(index: int, layer: nn.Module, block: ExpertBlock | None) -> dict[str, nn.Parameter]:

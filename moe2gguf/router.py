@@ -152,11 +152,11 @@ def calibrate_routers(
                     put_back(block, {(m, e): t for (l, m, e), t in types.items() if l == index}, spool, index)
                     with found.listening():
                         streams.look(block)
-                    (exact_TD, exact_ids_TK, _), (found_TD, found_ids_TK, _) = exact.routed(), found.routed()
+                    exact_ids_TK, found_ids_TK = exact.selected(), found.selected()
                     streams.say("router", 0, 1)
                     n_selected = found_ids_TK.shape[1]
-                    best = fit(block.router_ED, exact_TD, found_TD, held_out_T, n_selected, device)
-                    del exact, found, exact_TD, found_TD  # before those of another pass come
+                    best = fit(block.router_ED, exact.scored(), found.scored(), held_out_T, n_selected, device)
+                    del exact, found  # before those of another pass come
                     trials.as_it_was(index, streams.found_SLD[held_out_S], streams.run, best is not None)
                     if best is not None:
                         fits[index] = best

@@ -49,6 +49,7 @@ def drop_harm(block: ExpertBlock, x_TD: torch.Tensor, ids_TK: torch.Tensor, gate
     sample_n = torch.arange(0, n_tokens, -(-n_tokens // MAX_SAMPLE_TOKENS))
     x_nD, ids_nK, gates_nK = x_TD[sample_n], ids_TK[sample_n], gates_TK[sample_n]
     harm_nK = _harm(block, x_nD, ids_nK, gates_nK)
+    gates_nK = block.chosen_by(ids_nK, gates_nK)
     top_n1 = gates_nK.argmax(1, keepdim=True)
     other_nK = torch.ones_like(ids_nK, dtype=torch.bool).scatter(1, top_n1, False)
 
@@ -88,8 +89,9 @@ def _harm(block: ExpertBlock, x_nD: torch.Tensor, ids_nK: torch.Tensor, gates_nK
     for expert in range(block.n_experts):
         token_m, _, gated_mD = gated(expert)
         output_nD.index_add_(0, token_m, gated_mD)
-    total_n1 = gates_nK.sum(1, keepdim=True)
-    rescaled_nK = total_n1 / (total_n1 - gates_nK).clamp_min(1e-20)
+    chosen_nK = block.chosen_by(ids_nK, gates_nK)
+    total_n1 = chosen_nK.sum(1, keepdim=True)
+    rescaled_nK = total_n1 / (total_n1 - chosen_nK).clamp_min(1e-20)
     harm_nK = torch.empty_like(gates_nK)
     for expert in range(block.n_experts):
         token_m, slot_m, gated_mD = gated(expert)

@@ -4,7 +4,7 @@ The model is built on the meta device. Its decoder layers are swapped for stand-
 model hands to each layer (masks, rotary tables), and replayed they let the model's own embedding, final norm and head
 do their work around hidden states we keep ourselves. Real layers are filled from safetensors just before use and
 emptied after, through transformers' weight conversion, which also fuses experts to one interface. So are embedding and
-head, which lie in memory only where there is no layer.
+head, which lie in memory only where there is no layer. Of a model that sees pictures too there is the text's part.
 
 Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 """
@@ -12,6 +12,7 @@ Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 import copy
 import ctypes
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,7 +60,10 @@ class _StandIn(nn.Module):
             return getattr(self._real[0], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert not args, "decoder layers of transformers 5 are called by keyword"
+        _, *names = inspect.signature(self._real[0].forward).parameters
+        kwargs |= zip(names, args, strict=False)
+        if kwargs.get("per_layer_input") is not None:
+            raise SourceError("layers that are given an embedding of each token are not supported yet")
         self.call_kwargs, self.seen_BLD = kwargs, hidden_states
         return hidden_states if self.replacement_BLD is None else self.replacement_BLD
 
@@ -95,6 +99,12 @@ class Shards:
             yield {name: shards[self.file_of[name]].get_slice(name) for name in names}
 
 
+def auto_class(config: transformers.PreTrainedConfig) -> Any:
+    """transformers' that makes the model as published: with pictures, if it sees them."""
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
 class LayerStream:
     """A causal language model whose decoder layers are loaded one at a time, in float32."""
 
@@ -108,23 +118,26 @@ class LayerStream:
                 raise SourceError(f"{folder} is quantised with {method}; calibrate on the unquantised checkpoint")
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            self.model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, experts_implementation="eager"
-            ).eval()
+            self.model = (
+                auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+            )
         self.model.requires_grad_(False)
+        self.text_model: Any = self.model.get_decoder()
+        _drop_all_but(self.text_model, self.model)
         self.config = config
-        self.layers: list[nn.Module] = list(self.model.model.layers)
+        self.layers: list[nn.Module] = list(self.text_model.layers)
         if not any(find_experts(layer) for layer in self.layers):
             raise SourceError(
                 f"no experts in {folder}, or transformers holds {config.model_type}'s in a form that is not supported "
                 "yet; please report the model"
             )
-        self.layer_prefixes = [f"model.layers.{i}." for i in range(len(self.layers))]
+        path = next(name for name, module in self.model.named_modules() if module is self.text_model)
+        self._layers_prefix = f"{path}.layers."
         self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
         self._names_by_layer, self._expert_names, self._end_names, self._other_names = self._group_names()
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
-        self.model.model.layers = nn.ModuleList(self._stand_ins)
+        self.text_model.layers = nn.ModuleList(self._stand_ins)
         self._call_kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._load(self._other_names)
         self._load_ends()
@@ -179,13 +192,14 @@ class LayerStream:
         others: list[str] = []
         for name in sorted(self._shards.file_of):
             target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, meta)[0]
-            if not target.startswith("model.layers."):
-                (of_ends if target in ends else others).append(name)
-            elif (layer := int(target.split(".")[2])) < len(by_layer):
+            if target.startswith(self._layers_prefix):
                 # layers beyond the last are multi-token prediction heads, which the forward pass does not use
-                by_layer[layer].append(name)
-                if target.endswith(EXPERT_MATRICES):
-                    of_experts.add(name)
+                if (layer := int(target.removeprefix(self._layers_prefix).split(".")[0])) < len(by_layer):
+                    by_layer[layer].append(name)
+                    if target.endswith(EXPERT_MATRICES):
+                        of_experts.add(name)
+            elif target in meta:
+                (of_ends if target in ends else others).append(name)
         return by_layer, of_experts, of_ends, others
 
     def _load(self, names: list[str]) -> None:
@@ -210,16 +224,16 @@ class LayerStream:
         others to be put in their place, which is most of the loading."""
         self._drop_ends()
         layer = self.layers[index]
-        self.model.model.layers[index] = layer
+        self.text_model.layers[index] = layer
         left_out = self._expert_names if without_experts else set()
         self._load([name for name in self._names_by_layer[index] if name not in left_out])
-        self.model.model.layers[index] = self._stand_ins[index]
+        self.text_model.layers[index] = self._stand_ins[index]
         for name, missing in list(layer.named_parameters()) if without_experts else ():
             if missing.is_meta and name.endswith(EXPERT_MATRICES):
                 path, _, own = name.rpartition(".")
                 zeros = torch.zeros(missing.shape)
                 layer.get_submodule(path).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
-        _check(self.layer_prefixes[index], layer)
+        _check(f"{self._layers_prefix}{index}.", layer)
         layer.requires_grad_(False)
         try:
             yield layer
@@ -245,7 +259,7 @@ class LayerStream:
     @torch.no_grad()
     def _call(self, shape: tuple[int, int], **given: torch.Tensor) -> None:
         """What each layer is called with beside hidden states of this shape."""
-        self.model.model(**given, use_cache=False)
+        self.text_model(**given, use_cache=False)
         self._call_kwargs[shape] = [s.call_kwargs for s in self._stand_ins]
 
     @torch.inference_mode()
@@ -277,6 +291,13 @@ class LayerStream:
             return self.model(input_ids=placeholder_BL, use_cache=False).logits
         finally:
             last.replacement_BLD = None
+
+
+def _drop_all_but(text_model: nn.Module, model: nn.Module) -> None:
+    """What looks and listens, beside the model of text in one that does."""
+    for holder in [module for module in model.modules() if text_model in module.children() and module is not model]:
+        for name in [name for name, module in holder.named_children() if module is not text_model]:
+            delattr(holder, name)
 
 
 def _return_freed_memory() -> None:

@@ -86,7 +86,11 @@ def tune(
         if trial.kl_after >= trial.kl_before:
             kept.clear()
         n_scaled = sum(model.put_scaled(unit, kept) for unit in range(stream.n_layers + 1))
-    weights = {names.in_file[name]: weight.numpy() for name, weight in kept.items() if name in names.in_file}
+    weights = {
+        name: kept[module].numpy() + np.float32(offset)
+        for module, (name, offset) in names.in_file.items()
+        if module in kept
+    }
     spool.put_tuned(Tuned(weights, n_scaled, trial.kl_before, trial.kl_after, trial.agreement_before, trial.agreement))
 
 
@@ -125,10 +129,11 @@ def _unit(name: str, n_layers: int) -> int:
 
 
 class _Names:
-    """The file's names of routers and norms that the converter takes as they are; others are not tuned."""
+    """The file's names of routers and norms that the converter takes as they are or adds 1 to, as the model does;
+    others are not tuned."""
 
     def __init__(self, source: Source):
-        self.in_file: dict[str, str] = {}
+        self.in_file: dict[str, tuple[str, int]] = {}  # by module; what the file has more
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.arch)
         self._map = gguf.get_tensor_name_map(arch, source.n_layer)
         self._tensors = {tensor.name: tensor for tensor in source.tensors}
@@ -136,10 +141,14 @@ class _Names:
     def add(self, module: str, weight: torch.Tensor, name: str | None) -> bool:
         name = name or f"{self._map.get_name(f'model.{module}')}.weight"
         tensor = self._tensors.get(name)
-        if tensor is None or not np.array_equal(tensor.load(), weight.detach().numpy()):
+        if tensor is None:
             return False
-        self.in_file[module] = name
-        return True
+        in_file = tensor.load()
+        for offset in (0, 1):
+            if np.array_equal(in_file, weight.detach().numpy() + np.float32(offset)):
+                self.in_file[module] = name, offset
+                return True
+        return False
 
 
 def per_step(n_sequences: int, length: int) -> int:

@@ -62,7 +62,7 @@ GAUSSIAN_ERROR = {
 # rounding with error feedback trades weight error for output error; garbage is far beyond all of them.
 TOLERATED_FACTOR = 3.0
 # A matrix of zeros has error 1, another expert's weights about 1.4: no type may come near.
-LARGEST_ERROR = 0.9
+LARGEST_ERROR = 0.95
 # Error feedback fits an expert's down projection to what its gate and up became, at any type of its own, and a
 # calibrated router or norm is fitted to what reaches it; a router with rows of other experts is off by 1.4.
 FITTED_ERROR = 0.5

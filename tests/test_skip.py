@@ -34,7 +34,8 @@ def block(tiny: Callable[..., Path]) -> ExpertBlock:
         weights = {name: getattr(found.module, name).clone() for name in ("gate_up_proj", "down_proj")}
     for name, weight in weights.items():  # the stream has emptied them
         setattr(found.module, name, torch.nn.Parameter(weight, requires_grad=False))
-    return ExpertBlock(found.module, torch.zeros(len(weights["down_proj"]), weights["gate_up_proj"].shape[2]))
+    n_experts, n_columns = len(weights["down_proj"]), weights["gate_up_proj"].shape[2]
+    return ExpertBlock(found.module, torch.nn.Linear(n_columns, n_experts))
 
 
 def routed(block: ExpertBlock, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
