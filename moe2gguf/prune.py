@@ -196,12 +196,14 @@ def write_pruned(source: Source, kept: Mapping[int, list[int]], folder: Path, re
 def _config(source: Source, kept: Mapping[int, list[int]], record: dict[str, Any]) -> dict[str, Any]:
     config = read_json(source.path / "config.json")
     n_left = len(next(iter(kept.values())))
-    counts = [key for key in _COUNTS if config.get(key) == source.n_expert]
+    # of a model that sees pictures too
+    of_text = config.get("text_config", config)
+    counts = [key for key in _COUNTS if of_text.get(key) == source.n_expert]
     if not counts:
         raise SourceError(f"no number of experts ({', '.join(_COUNTS)}) in {source.path / 'config.json'}")
+    of_text |= {key: 0 for key in _N_AHEAD if key in of_text} | dict.fromkeys(counts, n_left)
     named = {str(layer): experts for layer, experts in sorted(kept.items())}
-    none_ahead = {key: 0 for key in _N_AHEAD if key in config}
-    return config | none_ahead | dict.fromkeys(counts, n_left) | {RECORD: record | {"kept_experts": named}}
+    return config | {RECORD: record | {"kept_experts": named}}
 
 
 def _kept_tensors(slices: Mapping[str, Any], kept: list[int] | None, source: Source) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ def tune(
             kept.clear()
         n_scaled = sum(model.put_scaled(unit, kept) for unit in range(stream.n_layers + 1))
     weights = {
-        name: kept[module].numpy() + np.float32(offset)
+        name: (kept[module].numpy() + np.float32(offset)).reshape(source.tensor(name).shape)
         for module, (name, offset) in names.in_file.items()
         if module in kept
     }
@@ -145,7 +145,7 @@ class _Names:
             return False
         in_file = tensor.load()
         for offset in (0, 1):
-            if np.array_equal(in_file, weight.detach().numpy() + np.float32(offset)):
+            if np.array_equal(in_file.ravel(), weight.detach().numpy().ravel() + np.float32(offset)):
                 self.in_file[module] = name, offset
                 return True
         return False

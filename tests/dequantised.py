@@ -40,12 +40,16 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
     for gguf_name, number in numbers.items():
         if (number < FIRST_NUMBER).all():
             continue  # made by the converter from the configuration, such as RoPE factors
-        if not np.isfinite(number).all() or (number % 2 != 0).any():
-            continue  # computed, such as 1 + a norm's weight or -exp(A_log)
+        offset = 0
+        if np.isfinite(number).all() and (number % 2 == 1).all():
+            offset = 1  # 1 + a norm's weight
+        elif not np.isfinite(number).all() or (number % 2 != 0).any():
+            continue  # computed, such as -exp(A_log)
         for index in np.unique(number):
             chosen = number == index
-            name = names[(int(index) - FIRST_NUMBER) // 2]
-            flat[name][positions[gguf_name][chosen].astype(np.int64)] = values[gguf_name][chosen]
+            name = names[(int(index) - offset - FIRST_NUMBER) // 2]
+            position = (positions[gguf_name][chosen] - offset).astype(np.int64)
+            flat[name][position] = values[gguf_name][chosen] - np.float32(offset)
     for name, value in flat.items():
         if np.isnan(value).any():  # what is computed of it is not quantised, or the check below fails
             value[:] = _float_tensor(hf_folder, name).flatten()

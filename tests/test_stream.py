@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe2gguf.capture import ExpertCapture
 from moe2gguf.errors import SourceError
+from moe2gguf.experts import find_experts
 from moe2gguf.stream import LayerStream
 from tests.tiny_moe import MODEL_TYPES, N_VOCAB, load_whole
 
@@ -43,7 +45,7 @@ def streamed(stream: LayerStream, tokens_BL: torch.Tensor) -> tuple[list[torch.T
 def whole(folder: Path, tokens_BL: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The same by one call of the whole model, hooked where the layers end."""
     model, hidden = load_whole(folder), []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.get_decoder().layers):
         if index == 0:
             layer.register_forward_pre_hook(
                 lambda _m, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -205,6 +207,33 @@ def test_a_quantised_checkpoint_is_refused(tiny: Callable[..., Path], tmp_path: 
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(SourceError, match="is quantised with fp8; calibrate on the unquantised checkpoint"):
         LayerStream(folder)
+
+
+def test_an_embedding_for_each_layer_is_refused(tiny: Callable[..., Path]) -> None:
+    """Layers would be replayed with those of other tokens."""
+    stream = LayerStream(tiny("gemma4", **SMALL, hidden_size_per_layer_input=16, vocab_size_per_layer_input=N_VOCAB))
+    with pytest.raises(SourceError, match="given an embedding of each token"):
+        stream.embed(TOKENS_BL)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma4"])
+@torch.inference_mode()
+def test_experts_are_chosen_by_what_the_router_is_given(model_type: str, tiny: Callable[..., Path]) -> None:
+    """Which in most models is what experts are given; and by the weights before experts' own scales."""
+    stream = LayerStream(tiny(model_type, **SMALL))
+    with stream.layer(0) as layer:
+        block = find_experts(layer)
+        assert block is not None
+        capture = ExpertCapture(block)
+        with capture.listening():
+            for batch in TOKENS_BL.split(2):
+                stream.run(0, layer, stream.embed(batch))
+        x_TD, ids_TK, gates_TK = capture.routed()
+        chosen_TK, wanted_TK = torch.softmax(capture.scored() @ block.router_ED.T, -1).topk(ids_TK.shape[1])
+        assert torch.equal(ids_TK, wanted_TK)
+        by_router_TK = block.chosen_by(ids_TK, gates_TK)
+        torch.testing.assert_close(by_router_TK, chosen_TK / chosen_TK.sum(-1, keepdim=True))
+        assert torch.equal(x_TD, capture.scored()) == torch.equal(by_router_TK, gates_TK) == (model_type != "gemma4")
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Routers, norms and scales by descent: trials against whole models, and what of it gets into the file."""
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -298,7 +299,7 @@ def test_what_is_tuned_of_each_architecture(
         name: shape
         for name, shape in shapes.items()
         # phimoe's are LayerNorms
-        if name.endswith("ffn_gate_inp.weight") or ("norm.weight" in name and model_type != "phimoe")
+        if name.endswith("ffn_gate_inp.weight") or (re.search(r"norm(_\d)?\.weight", name) and model_type != "phimoe")
     }
     tensors = {tensor.name: tensor.load() for tensor in open_source(folder).tensors if tensor.name in found.weights}
     for name, weight in found.weights.items():

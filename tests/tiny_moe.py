@@ -15,9 +15,11 @@ import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+
+from moe2gguf.stream import auto_class
 
 QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -31,8 +33,11 @@ CORPUS = (
 )
 N_VOCAB = 320
 
-# what llama.cpp's converter registers, where transformers writes another name than published checkpoints have
-PUBLISHED_ARCHITECTURE = {"phimoe": "PhiMoEForCausalLM"}
+# config.json of published checkpoints, which llama.cpp's converter expects, where transformers writes something else
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+}
 
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -66,6 +71,12 @@ SIZES = {
     "lfm2_moe": ("num_experts", "moe_intermediate_size"),
     "qwen3_next": ("num_experts", "moe_intermediate_size"),
     "qwen3_5_moe_text": ("num_experts", "moe_intermediate_size"),
+    "qwen3_5_moe": ("num_experts", "moe_intermediate_size"),
+    "qwen3_vl_moe": ("num_experts", "moe_intermediate_size"),
+    "gemma4": ("num_experts", "moe_intermediate_size"),
+    "granitemoehybrid": ("num_local_experts", "intermediate_size"),
+    "glm4_moe_lite": ("n_routed_experts", "moe_intermediate_size"),
+    "exaone_moe": ("num_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
 
@@ -134,6 +145,43 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_next": LINEAR_ATTENTION,
     # its tokenizer adds tokens of its own
     "qwen3_5_moe_text": LINEAR_ATTENTION | {"vocab_size": N_VOCAB + 32},
+    "qwen3_5_moe": LINEAR_ATTENTION | {"vocab_size": N_VOCAB + 32},
+    # pairs beyond three times their section llama.cpp does not turn; of published models those are the slowest two
+    "qwen3_vl_moe": {"head_dim": 64, "rope_parameters": {"rope_theta": 1e4, "mrope_section": [11, 11, 10]}},
+    # the router has a norm of its own, and experts a scale; a dense part beside them; capped logits
+    "gemma4": {
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "intermediate_size": 512,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 30.0,
+    },
+    # state-space layers in the place of attention, but for some
+    "granitemoehybrid": GRANITE_SCALES
+    | {
+        "shared_intermediate_size": 512,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_state": 64,
+        "position_embedding_type": "nope",
+    },
+    "glm4_moe_lite": LATENT_ATTENTION | DENSE_FIRST | SHARED_EXPERT | {"scoring_func": "sigmoid"},
+    "exaone_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "sliding_window": 32,
+        "sliding_window_pattern": 3,
+        "intermediate_size": 512,
+        "num_shared_experts": 1,
+        "scoring_func": "sigmoid",
+        "num_nextn_predict_layers": 0,
+    },
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
     "gpt_oss": {
         "head_dim": 64,
@@ -149,6 +197,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "truncate": True,
             "original_max_position_embeddings": 16,
         },
+    },
+}
+
+# of models that see pictures, whose part for text has what is above
+_VIT: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": _VIT,
+    "qwen3_vl_moe": _VIT | {"deepstack_visual_indexes": [0]},
+    "gemma4": {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "position_embedding_size": 16,
+        "patch_size": 4,
     },
 }
 
@@ -188,22 +260,31 @@ def make_tiny(
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         n_experts_key: n_experts,
-        "num_experts_per_tok": top_k,
-        width_key: intermediate,
+        "top_k_experts" if model_type == "gemma4" else "num_experts_per_tok": top_k,
+        # not square, or transformers could not tell which way round a checkpoint has them
+        width_key: 3 * intermediate if model_type == "qwen3_vl_moe" else intermediate,
     }
     if model_type == "phimoe":
         sizes["rope_parameters"] = _long_rope(hidden // COMMON["num_attention_heads"])
-    config = AutoConfig.for_model(model_type, **(COMMON | SPECIAL[model_type] | sizes | options))
+    of_text = COMMON | SPECIAL[model_type] | sizes | options
+    if model_type in VISION:
+        vision = VISION[model_type] | ({} if model_type == "gemma4" else {"out_hidden_size": hidden})
+        tied = of_text["tie_word_embeddings"]
+        config = AutoConfig.for_model(model_type, text_config=of_text, vision_config=vision, tie_word_embeddings=tied)
+    else:
+        config = AutoConfig.for_model(model_type, **of_text)
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     model.tie_weights()  # which comes with the initialisation otherwise
     _fill(model, seed)
     model.to(dtype).save_pretrained(folder)
     _save_tokenizer(folder, model_type)
     if mxfp4:
         _experts_to_mxfp4(folder)
-    if model_type in PUBLISHED_ARCHITECTURE:
-        _edit_json(folder / "config.json", architectures=[PUBLISHED_ARCHITECTURE[model_type]])
+    if model_type == "qwen3_vl_moe":
+        _transpose_experts(folder)
+    if model_type in AS_PUBLISHED:
+        _edit_json(folder / "config.json", **AS_PUBLISHED[model_type])
     return folder
 
 
@@ -224,7 +305,8 @@ def load_whole(folder: Path) -> PreTrainedModel:
     """The whole model in f32, its experts computed one after the other: other ways sum in another order."""
     config = json.loads((folder / "config.json").read_text())
     options = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager", **options)
+    whole = auto_class(AutoConfig.from_pretrained(folder))
+    model = whole.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager", **options)
     return model.float().eval()
 
 
@@ -238,12 +320,23 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
         for name, parameter in sorted([*model.named_parameters(), *biases], key=itemgetter(0)):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1 or name.endswith("_bias"):
-                parameter.copy_(0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                is_factor = name.endswith("scale") or ("norm" in name and name.endswith("weight"))
+                # Gemma 4 divides by it, so that its routers would not tell experts apart
+                by_root = math.sqrt(len(noise)) if name.endswith("router.scale") else 1.0
+                parameter.copy_(by_root * (0.1 * noise + is_factor))
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
             else:
                 fan_in = parameter.shape[in_axis if parameter.dim() == 3 else -1]
                 parameter.copy_(noise * (2.0 if "lm_head" in name else 1.0) / math.sqrt(fan_in))
+
+
+def _transpose_experts(folder: Path) -> None:
+    """As they are published: inputs by outputs."""
+    tensors = load_file(folder / "model.safetensors")
+    experts = [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    transposed = {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
+    save_file(tensors | transposed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _experts_to_mxfp4(folder: Path) -> None:
@@ -266,6 +359,8 @@ def _experts_to_mxfp4(folder: Path) -> None:
 
 def _save_tokenizer(folder: Path, model_type: str) -> None:
     """A byte-level BPE trained on a few sentences: llama.cpp's converter cannot know the hash of its ids."""
+    if model_type == "gemma4":
+        return _save_byte_fallback_tokenizer(folder)
     tokenizer = Tokenizer(models.BPE())
     # the converter takes a BPE for phimoe only from a GPT2Tokenizer, whose own pre-tokenizer is GPT-2's
     split = [] if model_type == "phimoe" else [pre_tokenizers.Split(Regex(QWEN2_REGEX), "isolated")]
@@ -284,6 +379,22 @@ def _save_tokenizer(folder: Path, model_type: str) -> None:
     fast.save_pretrained(folder)
     if model_type == "phimoe":
         _edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+
+
+def _save_byte_fallback_tokenizer(folder: Path) -> None:
+    """A BPE of characters, as the converter expects Gemma's to be: bytes stand for those that it does not know."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_VOCAB - 1, show_progress=False, special_tokens=["<unk>", *of_bytes], max_token_length=4
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    special = {"unk_token": "<unk>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    assert len(fast) == N_VOCAB
+    fast.save_pretrained(folder)
 
 
 def _edit_json(file: Path, **changes: Any) -> None:

@@ -13,11 +13,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moe2gguf.experts import find_experts
 from moe2gguf.pipeline import write_float
+from moe2gguf.stream import auto_class
 from tests.gguf_files import rewritten
+from tests.logits import TABLE_NOISE
 from tests.test_architectures import as_it_stands, in_checkpoint_order
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
@@ -26,8 +28,9 @@ TOP_K = 3
 FLOAT_NOISE = 5e-5  # of the logits' spread; a slot more or less moves them by 1e-2
 SEQUENCES = tuple(np.random.default_rng(s).integers(0, 300, n).tolist() for s, n in enumerate((40, 25, 1)))
 LONG, OTHER = (np.random.default_rng(s).integers(0, 300, 40).tolist() for s in (3, 4))
-# softmax, rescaled; softmax as it is; sigmoid with biased selection within groups; softmax of the selected, biases
-MODEL_TYPES = ("qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+# softmax, rescaled; softmax as it is; sigmoid with biased selection within groups; softmax of the selected, biases;
+# a scale for each expert, after the choice
+MODEL_TYPES = ("qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "gemma4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,21 +86,24 @@ def skipping(
 ) -> Iterator[None]:
     """The rule applied to what each layer's experts are given. Fills in, per layer, what was kept and the norms."""
     handles = []
-    last = len(model.model.layers) - 1
-    for index, layer in enumerate(model.model.layers):
+    layers = model.get_decoder().layers
+    last = len(layers) - 1
+    for index, layer in enumerate(layers):
         block = find_experts(layer)
         if block is None:
             continue
 
-        def hook(_module, args, kwargs, index=index, n=block.n_experts):
+        def hook(_module, args, kwargs, index=index, block=block):
             values = [*args, *kwargs.values()]
             x_TD, ids_TK, gates_TK = (v.detach().reshape(-1, v.shape[-1]) for v in values[:3])
+            chosen_TK = block.chosen_by(ids_TK, gates_TK)
             of_layer = last_windows if index == last else windows
-            kept_TK = rule.kept(x_TD.numpy(), ids_TK.numpy(), gates_TK.numpy(), of_layer, n)
+            kept_TK = rule.kept(x_TD.numpy(), ids_TK.numpy(), chosen_TK.numpy(), of_layer, block.n_experts)
             seen[index] = kept_TK
             norms[index] = x_TD.abs().sum(-1).numpy()
-            masked_TK = gates_TK * torch.from_numpy(kept_TK)
-            masked_TK = masked_TK * (gates_TK.sum(-1, keepdim=True) / masked_TK.sum(-1, keepdim=True))
+            masked_TK = chosen_TK * torch.from_numpy(kept_TK)
+            rescaled_T1 = chosen_TK.sum(-1, keepdim=True) / masked_TK.sum(-1, keepdim=True)
+            masked_TK = gates_TK * torch.from_numpy(kept_TK) * rescaled_T1
             values[2] = masked_TK.reshape(values[2].shape)
             return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
@@ -117,7 +123,8 @@ def reference(
     last_windows: Sequence[tuple] | None = None,
 ) -> tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Logits f32 (T, V), kept slots and norms per layer of one sequence by itself."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    whole = auto_class(AutoConfig.from_pretrained(folder))
+    model = whole.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     seen: dict[int, np.ndarray] = {}
     norms: dict[int, np.ndarray] = {}
     with torch.inference_mode(), skipping(model, rule, windows, last_windows or windows, seen, norms):
@@ -241,8 +248,9 @@ def with_rule(tiny: Callable[..., Path], tmp_path: Path) -> Callable[[str, Rule]
     return make
 
 
-def same(logits_TV: np.ndarray, wanted_TV: np.ndarray) -> None:
-    np.testing.assert_allclose(logits_TV, wanted_TV, rtol=0, atol=FLOAT_NOISE * wanted_TV.std())
+def same(logits_TV: np.ndarray, wanted_TV: np.ndarray, model_type: str = "") -> None:
+    noise = TABLE_NOISE.get(model_type, FLOAT_NOISE)
+    np.testing.assert_allclose(logits_TV, wanted_TV, rtol=0, atol=noise * wanted_TV.std())
 
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "decode"])
@@ -255,7 +263,7 @@ def test_by_router_weight(model_type: str, one_by_one: bool, with_rule, monkeypa
     sequence = SEQUENCES[0]
     wanted, seen, _ = reference(folder, rule, sequence, [(0, 0)] * len(sequence))
     (logits_TV,), counts = decoded(path, [sequence], one_by_one=one_by_one)
-    same(logits_TV, wanted)
+    same(logits_TV, wanted, model_type)
     assert counts == {layer: (kept_TK.sum(), (~kept_TK).sum()) for layer, kept_TK in seen.items()}
     assert all(skipped > 10 for _, skipped in counts.values())
 
@@ -289,7 +297,7 @@ def test_by_frequency(model_type: str, n_ubatch: int, with_rule, monkeypatch: py
         windows = windows_of(place, len(sequence), n_ubatch)
         place += len(sequence)
         wanted, seen, _ = reference(folder, rule, sequence, windows)
-        same(logits_TV, wanted)
+        same(logits_TV, wanted, model_type)
         kept = {
             layer: (kept[layer][0] + kept_TK.sum(), kept[layer][1] + (~kept_TK).sum())
             for layer, kept_TK in seen.items()
