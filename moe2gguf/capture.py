@@ -85,7 +85,7 @@ class ExpertCapture:
         hidden, ids, gates = (x.detach() for x in (*args, *kwargs.values())[:3])
         # Gemma 4 normalises for each; in others it is the same memory
         if self._at_router is not None and self._at_router.data_ptr() != hidden.data_ptr():
-            self._scored.append(self._at_router.reshape(-1, hidden.shape[-1]).clone())
+            self._scored.append(self._at_router.reshape(-1, self._at_router.shape[-1]).clone())
         self._at_router = None
         self._x.append(hidden.reshape(-1, hidden.shape[-1]).clone())
         self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
@@ -96,7 +96,7 @@ class ExpertCapture:
         return _joined(self._x), self.selected(), _joined(self._gates)
 
     def scored(self) -> torch.Tensor:
-        """What the router multiplied, f32 (T, D): x in most models, and then the same tensor."""
+        """What the router multiplied, f32 (T, D'): x in most models, and then the same tensor."""
         return _joined(self._scored or self._x)
 
     def selected(self) -> torch.Tensor:

@@ -205,6 +205,11 @@ def _role(name: str) -> str:
     return "shared" if "shexp" in name else "dense" if ".ffn_" in name else "attention"
 
 
+def gguf_name(tensor_map: gguf.TensorNameMap, module: str) -> str | None:
+    """gguf lists the names of published checkpoints; the layers of some are below `backbone`."""
+    return tensor_map.get_name(f"model.{module}") or tensor_map.get_name(f"backbone.{module}")
+
+
 def module_names(source: Source, stats: CalibrationStats) -> dict[str, str]:
     """GGUF tensor name -> transformers module path, for every probed matrix beside the experts."""
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.arch)
@@ -212,8 +217,7 @@ def module_names(source: Source, stats: CalibrationStats) -> dict[str, str]:
     names = {"token_embd.weight": "embed_tokens", "output.weight": "lm_head"}
     present = {tensor.name for tensor in source.tensors}
     for module in stats.errors:
-        base = tensor_map.get_name(f"model.{module}") if module.startswith("layers.") else None
-        if base is not None:
+        if module.startswith("layers.") and (base := gguf_name(tensor_map, module)) is not None:
             names[f"{base}.weight"] = module
     return {name: module for name, module in names.items() if name in present and module in stats.errors}
 

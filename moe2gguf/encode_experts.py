@@ -247,9 +247,10 @@ class _LayerWork:
         for experts in self._chunks():
             progress(experts.start, n_experts)
             inputs = Inputs(self._exact_TD, self._found_TD, {e: self._tokens(e) for e in experts})
-            gate_up = {e: self._block.gate_up(e).chunk(2) for e in experts}
+            first = self._block.first
+            gate_up = {e: self._block.gate_up(e).chunk(len(first)) for e in experts}
             found = self._matrices(
-                {(matrix, e): gate_up[e][i] for e in experts for i, matrix in enumerate(("gate", "up"))},
+                {(matrix, e): gate_up[e][i] for e in experts for i, matrix in enumerate(first)},
                 types, inputs, self._gate_up_feedbacks(inputs), outcomes,
             )  # fmt: skip
             inputs = self._down_inputs(inputs, {key: decoded for key, (_, decoded) in found.items()})
@@ -307,8 +308,10 @@ class _LayerWork:
             start, stop = stop, stop + len(tokens.token_n)
             exact_nI[start:stop] = self._block.activation(expert, given.exact_TK[tokens.token_n])
             x_nD = given.found_TK[tokens.token_n]
-            biases = zip(("gate", "up"), self._block.gate_up_bias(expert), strict=True)
-            found_nI[start:stop] = self._block.gated(*(x_nD @ decoded[matrix, expert].T + b for matrix, b in biases))
+            biases = zip(self._block.first, self._block.first_biases(expert), strict=True)
+            found_nI[start:stop] = self._block.activated(
+                *(x_nD @ decoded[matrix, expert].T + bias for matrix, bias in biases)
+            )
             of[expert] = dataclasses.replace(tokens, token_n=torch.arange(start, stop))
         return Inputs(exact_nI, found_nI, of)
 
@@ -321,7 +324,7 @@ class _LayerWork:
             kept_n = torch.linspace(0, n - 1, min(n, MAX_SLOPE_TOKENS)).round().long()
             x_nD, weight_n = inputs.exact_TK[tokens.token_n[kept_n]], tokens.weight_n[kept_n]
             moments = gate_up_moments(self._block, expert, x_nD, weight_n, self._output_DD)
-            for matrix, moments_II in zip(("gate", "up"), moments, strict=True):
+            for matrix, moments_II in zip(self._block.first, moments, strict=True):
                 found[matrix, expert] = feedback.row_feedback(moments_II[None])[0]
         return found
 
@@ -427,15 +430,14 @@ class _LayerWork:
 
 def gate_up_moments(
     block: ExpertBlock, expert: int, x_nD: torch.Tensor, weight_n: torch.Tensor, output_DD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Second moments of the loss's gradient by what gate and up give, f32 (I, I) each, on output_DD's device: through
     down, and times the activation's slope, as if the gradient and the tokens were independent."""
     share_n1 = (weight_n / weight_n.sum().clamp_min(1e-20))[:, None].to(output_DD.device)
     down_DI = block.down(expert).to(output_DD.device)
     through_II = down_DI.T @ output_DD @ down_DI
-    slopes = (slope_nI.to(output_DD.device) for slope_nI in block.slopes(*block.pre_activation(expert, x_nD)))
-    gate_nI, up_nI = slopes
-    return through_II * (gate_nI.T @ (share_n1 * gate_nI)), through_II * (up_nI.T @ (share_n1 * up_nI))
+    slopes = [slope_nI.to(output_DD.device) for slope_nI in block.slopes(*block.pre_activation(expert, x_nD))]
+    return tuple(through_II * (slope_nI.T @ (share_n1 * slope_nI)) for slope_nI in slopes)
 
 
 def fit(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, cross_KK: torch.Tensor, factor_KK: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 transformers 5 fuses the experts of some seventy architectures into gate_up_proj and down_proj, whose layout
 (transposed, interleaved, biased) the module itself declares. Here every matrix is (features out, features in) and gate
-rows come before up rows, which is also the order in the GGUF.
+rows come before up rows, which is also the order in the GGUF. Where there is no gate, as
+in Nemotron's, up is all of gate_up.
 
 Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per token, n tokens of one expert.
 """
@@ -29,6 +30,20 @@ class ExpertBlock:
         return self.router.weight
 
     @property
+    def first(self) -> tuple[str, ...]:
+        """The matrices that an expert's input is multiplied with, in the order of their rows."""
+        return ("gate", "up") if self.module.has_gate else ("up",)
+
+    @property
+    def gate_up_name(self) -> str:
+        """The module's, of all experts' together."""
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def gate_up_proj(self) -> nn.Parameter:
+        return getattr(self.module, self.gate_up_name)
+
+    @property
     def n_experts(self) -> int:
         return self.router_ED.shape[0]
 
@@ -42,27 +57,27 @@ class ExpertBlock:
         return gates_TK if self.gate_scale_E is None else gates_TK / self.gate_scale_E[ids_TK]
 
     def gate_up(self, expert: int) -> torch.Tensor:
-        """f32 (2I, D), gate rows first. May share storage with the module."""
-        return self.gate_up_rows(self.module.gate_up_proj[expert])
+        """f32 (2I, D), gate rows first, or (I, D). May share storage with the module."""
+        return self.gate_up_rows(self.gate_up_proj[expert])
 
     def down(self, expert: int) -> torch.Tensor:
         """f32 (D, I). May share storage with the module."""
         return self.down_rows(self.module.down_proj[expert])
 
     def gate_up_rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """An expert's as the module has it -> (2I, D), gate rows first."""
+        """An expert's as the module has it -> as `gate_up`."""
         weight = weight.T if self.module.is_transposed else weight
-        return weight if self.module.is_concatenated else torch.cat([weight[::2], weight[1::2]])
+        return weight if self._is_concatenated else torch.cat([weight[::2], weight[1::2]])
 
     def down_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """An expert's as the module has it -> (D, I)."""
         return weight.T if self.module.is_transposed else weight
 
     def set_gate_up(self, expert: int, weight: torch.Tensor) -> None:
-        """Takes f32 (2I, D), gate rows first."""
-        target = self.module.gate_up_proj.data[expert]
+        """Takes what `gate_up` gives."""
+        target = self.gate_up_proj.data[expert]
         target = target.T if self.module.is_transposed else target
-        if self.module.is_concatenated:
+        if self._is_concatenated:
             target.copy_(weight)
         else:
             target[::2], target[1::2] = weight.chunk(2)
@@ -74,41 +89,44 @@ class ExpertBlock:
 
     def activation(self, expert: int, x_nD: torch.Tensor) -> torch.Tensor:
         """f32 (n, D) -> f32 (n, I): the input of the down projection."""
-        module = self.module
-        gate_up = module.gate_up_proj[expert]
-        out = x_nD @ (gate_up if module.is_transposed else gate_up.T)
-        if module.has_bias:
-            out = out + module.gate_up_proj_bias[expert]
-        return module._apply_gate(out)
+        gate_up = self.gate_up_proj[expert]
+        out = x_nD @ (gate_up if self.module.is_transposed else gate_up.T)
+        if self.module.has_bias:
+            out = out + getattr(self.module, f"{self.gate_up_name}_bias")[expert]
+        return self._activated(out)
 
-    def gate_up_bias(self, expert: int) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """f32 (I,) each, 0 without biases."""
+    def first_biases(self, expert: int) -> tuple[torch.Tensor | float, ...]:
+        """Of each of the first matrices, f32 (I,), 0 without biases."""
         if not self.module.has_bias:
-            return 0.0, 0.0
-        bias = self.module.gate_up_proj_bias[expert]
-        gate_I, up_I = bias.chunk(2) if self.module.is_concatenated else (bias[::2], bias[1::2])
-        return gate_I, up_I
+            return (0.0,) * len(self.first)
+        bias = getattr(self.module, f"{self.gate_up_name}_bias")[expert]
+        return bias.chunk(len(self.first)) if self._is_concatenated else (bias[::2], bias[1::2])
 
-    def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """f32 (n, D) -> gate and up, f32 (n, I) each, biases added."""
-        gate_nI, up_nI = (x_nD @ self.gate_up(expert).T).chunk(2, dim=-1)
-        gate_bias, up_bias = self.gate_up_bias(expert)
-        return gate_nI + gate_bias, up_nI + up_bias
+    def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """f32 (n, D) -> what each of the first matrices gives, f32 (n, I), biases added."""
+        parts = (x_nD @ self.gate_up(expert).T).chunk(len(self.first), dim=-1)
+        return tuple(part_nI + bias for part_nI, bias in zip(parts, self.first_biases(expert), strict=True))
 
-    def gated(self, gate_nI: torch.Tensor, up_nI: torch.Tensor) -> torch.Tensor:
-        """The module's own activation on separate gate and up, f32 (n, I') each, any I'."""
-        if self.module.is_concatenated:
-            return self.module._apply_gate(torch.cat([gate_nI, up_nI], dim=-1))
-        return self.module._apply_gate(torch.stack([gate_nI, up_nI], dim=-1).flatten(-2))
+    def activated(self, *parts_nI: torch.Tensor) -> torch.Tensor:
+        """The module's own activation on what each of the first matrices gives, f32 (n, I') each, any I'."""
+        if self._is_concatenated:
+            return self._activated(torch.cat(parts_nI, dim=-1))
+        return self._activated(torch.stack(parts_nI, dim=-1).flatten(-2))
+
+    def _activated(self, out: torch.Tensor) -> torch.Tensor:
+        return self.module._apply_gate(out) if self.module.has_gate else self.module.act_fn(out)
+
+    @property
+    def _is_concatenated(self) -> bool:
+        return self.module.is_concatenated or not self.module.has_gate
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def slopes(self, gate_nI: torch.Tensor, up_nI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def slopes(self, *parts_nI: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of the activation, by each."""
         # no tensors of inference mode, which know no gradient
-        gate_nI, up_nI = (x.clone().requires_grad_() for x in (gate_nI, up_nI))
-        gate, up = torch.autograd.grad(self.gated(gate_nI, up_nI).sum(), (gate_nI, up_nI))
-        return gate, up
+        parts_nI = tuple(x.clone().requires_grad_() for x in parts_nI)
+        return torch.autograd.grad(self.activated(*parts_nI).sum(), parts_nI)
 
     def output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
         """f32 (n, I) -> f32 (n, D), before the gate weight."""
@@ -119,8 +137,10 @@ class ExpertBlock:
 def find_experts(layer: nn.Module) -> ExpertBlock | None:
     """The routed experts inside a decoder layer, None for a dense layer."""
     for name, module in layer.named_modules():
-        if hasattr(module, "gate_up_proj") and hasattr(module, "is_concatenated"):
-            n_experts = module.gate_up_proj.shape[0]
+        if hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
+            if getattr(module, "has_post_expert_norm", False):
+                raise SourceError(f"experts that end in a norm ({type(module).__name__}) are not supported yet")
+            n_experts = module.down_proj.shape[0]
             parent = layer.get_submodule(name.rpartition(".")[0])
             for child in parent.modules():
                 weight = getattr(child, "weight", None)
@@ -128,9 +148,4 @@ def find_experts(layer: nn.Module) -> ExpertBlock | None:
                     scale = getattr(parent, "router", None)
                     return ExpertBlock(module, child, getattr(scale, "per_expert_scale", None))
             raise SourceError(f"no router with {n_experts} rows beside {name} ({type(parent).__name__})")
-        if hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
-            raise SourceError(
-                f"experts without a gate projection ({type(module).__name__}) are not supported yet; "
-                "please report the model"
-            )
     return None

@@ -133,12 +133,12 @@ def likely_sample(matters_R: torch.Tensor, n_max: int, start: float) -> tuple[np
     return rows, torch.from_numpy(1 / likely_R[rows]).float()
 
 
-def _moved(block: ExpertBlock, gate_nI: torch.Tensor, up_nI: torch.Tensor, hidden_nI: torch.Tensor) -> torch.Tensor:
+def _moved(block: ExpertBlock, parts: tuple[torch.Tensor, ...], hidden_nI: torch.Tensor) -> torch.Tensor:
     """(n, I): squared change of the hidden units where all that gate, or up, gives is off by as much of its size."""
     moved_nI = torch.zeros_like(hidden_nI)
-    for of_gate, of_up in ((0.1, 0.0), (0.0, 0.1)):
-        off_gate_I, off_up_I = of_gate * gate_nI.square().mean(0).sqrt(), of_up * up_nI.square().mean(0).sqrt()
-        moved_nI += (block.gated(gate_nI + off_gate_I, up_nI + off_up_I) - hidden_nI).square_()
+    for i, part_nI in enumerate(parts):
+        off_I = 0.1 * part_nI.square().mean(0).sqrt()
+        moved_nI += (block.activated(*parts[:i], part_nI + off_I, *parts[i + 1 :]) - hidden_nI).square_()
     return moved_nI
 
 
@@ -167,39 +167,43 @@ class _Expert:
         """
         block, weight_n = self.block, self.weight_n
         down_DI, x_nD = block.down(self.expert), self.x_TD[self.token_n]
-        gate_nI, up_nI = block.pre_activation(self.expert, x_nD)
-        hidden_nI = block.gated(gate_nI, up_nI)
+        parts = block.pre_activation(self.expert, x_nD)
+        hidden_nI = block.activated(*parts)
         gradient_nD = torch.ones_like(x_nD) if self.gradient_TD is None else self.gradient_TD[self.token_n]
         # of an error of a hidden unit, by the norm of what it does to the output where there is no gradient
         through_nI = down_DI.norm(dim=0) if self.gradient_TD is None else gradient_nD @ down_DI
-        moved_nI = _moved(block, gate_nI, up_nI, hidden_nI).mul_(through_nI.square())
+        moved_nI = _moved(block, parts, hidden_nI).mul_(through_nI.square())
         rows_I, gate_up_scale_R = likely_sample(weight_n @ moved_nI, MAX_ERROR_ROWS, self.start)
         del moved_nI
         matters_D = (weight_n @ gradient_nD.square()) * (down_DI.square() @ (weight_n @ hidden_nI.square()))
         rows_D, down_scale_R = likely_sample(matters_D, MAX_ERROR_ROWS, self.start)
-        gate_nR, up_nR, clean_nR = gate_nI[:, rows_I], up_nI[:, rows_I], hidden_nI[:, rows_I]
+        parts, clean_nR = tuple(part_nI[:, rows_I] for part_nI in parts), hidden_nI[:, rows_I]
         column_sq_R = down_DI[:, rows_I].square().sum(0) * gate_up_scale_R
-        exact_RD = block.gate_up(self.expert)[np.concatenate([rows_I, block.n_intermediate + rows_I])].numpy()
+        rows = np.concatenate([rows_I + i * block.n_intermediate for i in range(len(parts))])
+        exact_RD = block.gate_up(self.expert)[rows].numpy()
         exact_RI = down_DI[rows_D].numpy()
         if self.gradient_TD is not None:
             through_nR, gradient_nR = through_nI[:, rows_I], gradient_nD[:, rows_D]
 
-        def error(changed_gate_nR: torch.Tensor, changed_up_nR: torch.Tensor) -> float:
-            delta_nR = block.gated(changed_gate_nR, changed_up_nR) - clean_nR
+        def error(changed: tuple[torch.Tensor, ...]) -> float:
+            delta_nR = block.activated(*changed) - clean_nR
             return float(weight_n @ delta_nR.square() @ column_sq_R)
 
         found = np.full((5, len(types)), np.inf)
-        found[2] = 0.5
+        # of none
+        found[2] = 0.5 if len(parts) > 1 else 0.0
         for j, quant_type in enumerate(types):
             if ggml.fits(quant_type, exact_RD.shape[1]):
                 delta_RD = torch.from_numpy(ggml.round_trip(exact_RD, quant_type, self.importance_D) - exact_RD)
-                delta_gate_nR, delta_up_nR = (x_nD @ delta_RD.T).chunk(2, dim=-1)
-                found[0, j] = error(gate_nR + delta_gate_nR, up_nR + delta_up_nR)
+                deltas = (x_nD @ delta_RD.T).chunk(len(parts), dim=-1)
+                changed = tuple(part_nR + delta_nR for part_nR, delta_nR in zip(parts, deltas, strict=True))
+                found[0, j] = error(changed)
                 if self.gradient_TD is not None:
-                    delta_nR = block.gated(gate_nR + delta_gate_nR, up_nR + delta_up_nR) - clean_nR
+                    delta_nR = block.activated(*changed) - clean_nR
                     found[3, j] = float(weight_n @ (through_nR * delta_nR).square() @ gate_up_scale_R) / 2
-                of_gate, of_up = error(gate_nR + delta_gate_nR, up_nR), error(gate_nR, up_nR + delta_up_nR)
-                found[2, j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
+                if len(parts) > 1:
+                    of_gate, of_up = error((changed[0], parts[1])), error((parts[0], changed[1]))
+                    found[2, j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
             if ggml.fits(quant_type, exact_RI.shape[1]):
                 delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, self.importance_I) - exact_RI)
                 delta_nR = hidden_nI @ delta_RI.T

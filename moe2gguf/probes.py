@@ -107,7 +107,7 @@ class Probes:
 
     def branch_experts(self, index: int, layer: nn.Module, block: ExpertBlock, stats: ExpertStats) -> None:
         for projection, parameter, get, put, importance_EK in (
-            ("gate_up", block.module.gate_up_proj, block.gate_up, block.set_gate_up, stats.importance_gate_up_ED),
+            ("gate_up", block.gate_up_proj, block.gate_up, block.set_gate_up, stats.importance_gate_up_ED),
             ("down", block.module.down_proj, block.down, block.set_down, stats.importance_down_EI),
         ):
             for quant_type in _fitting(EXPERT_PROBE_TYPES, importance_EK.shape[1]):

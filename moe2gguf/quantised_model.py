@@ -230,7 +230,7 @@ def _watched(weight: torch.Tensor, hook: Callable) -> Iterator[None]:
 @contextmanager
 def _watched_experts(index: int, block: ExpertBlock, scales: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Each expert's matrices by themselves: the gradient by one of a tensor of all is as large as that tensor."""
-    of_name = {"gate_up_proj": (("gate", "up"), block.gate_up_rows), "down_proj": (("down",), block.down_rows)}
+    of_name = {block.gate_up_name: (block.first, block.gate_up_rows), "down_proj": (("down",), block.down_rows)}
     with ExitStack() as stack:
         for name, (matrices, rows) in of_name.items():
             each = [weight.detach() for weight in getattr(block.module, name)]

@@ -37,7 +37,7 @@ from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 
 # as transformers names them: of a module of experts, no module of their own
-EXPERT_MATRICES = (".gate_up_proj", ".down_proj")
+EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 

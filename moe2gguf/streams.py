@@ -173,5 +173,5 @@ def put_back(
         return torch.from_numpy(ggml.decode(scaled(blocks_NB, matrix, expert), quant_type, n_columns))
 
     for expert in {expert for _, expert in types}:
-        block.set_gate_up(expert, torch.cat([decoded("gate", expert), decoded("up", expert)]))
+        block.set_gate_up(expert, torch.cat([decoded(matrix, expert) for matrix in block.first]))
         block.set_down(expert, decoded("down", expert))

@@ -21,6 +21,7 @@ from torch import nn
 from moe2gguf import ggml
 from moe2gguf.backward import backward, chunks
 from moe2gguf.capture import LayerCapture
+from moe2gguf.costs import gguf_name
 from moe2gguf.experts import find_experts
 from moe2gguf.quantised_model import QuantisedModel, Weights, tunable
 from moe2gguf.router import TRIALS_BYTES, agreement, held_out
@@ -139,7 +140,7 @@ class _Names:
         self._tensors = {tensor.name: tensor for tensor in source.tensors}
 
     def add(self, module: str, weight: torch.Tensor, name: str | None) -> bool:
-        name = name or f"{self._map.get_name(f'model.{module}')}.weight"
+        name = name or f"{gguf_name(self._map, module)}.weight"
         tensor = self._tensors.get(name)
         if tensor is None:
             return False

@@ -339,7 +339,7 @@ def test_gradients_by_gate_and_up(tiny: Callable[..., Path], model_type: str) ->
             leaves, down_DI = [x.clone().requires_grad_() for x in given], down_DI.clone()
             expected = [torch.zeros_like(f).clone() for f in found]
             for draws_nD in output_nD.clone().split(64)[:300]:
-                loss = (block.gated(*leaves) @ down_DI.T * draws_nD).sum()
+                loss = (block.activated(*leaves) @ down_DI.T * draws_nD).sum()
                 for total_II, slope_nI in zip(expected, torch.autograd.grad(loss, leaves), strict=True):
                     total_II += slope_nI.T @ (weight_n[:, None] * slope_nI) / weight_n.sum() / 300
     for found_II, expected_II in zip(found, expected, strict=True):

@@ -22,6 +22,7 @@ SMALL = {"hidden": 64, "intermediate": 64}
 CASES = [
     *(pytest.param(model_type, {}, id=model_type) for model_type in MODEL_TYPES),
     pytest.param("gpt_oss", {"mxfp4": True}, id="gpt_oss-mxfp4"),
+    pytest.param("nemotron_h", {"moe_latent_size": 32}, id="nemotron_h-latent"),
     pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="tied"),
     # experts are fused in the type that they are stored in
     pytest.param("qwen3_moe", {"dtype": torch.float16}, id="f16"),

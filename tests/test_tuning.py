@@ -241,8 +241,9 @@ def test_scales_have_the_gradient_of_the_weights_they_scale(
         assert block is not None
         matrices = {}
         for expert in range(block.n_experts):
-            gate, up = block.gate_up(expert).chunk(2)
-            matrices |= {("gate", expert): gate, ("up", expert): up, ("down", expert): block.down(expert)}
+            first = block.gate_up(expert).chunk(len(block.first))
+            matrices |= {(matrix, expert): weight for matrix, weight in zip(block.first, first, strict=True)}
+            matrices["down", expert] = block.down(expert)
         blocks = {
             key: ggml.encode(weight.contiguous().numpy(), QuantType.IQ4_NL, None) for key, weight in matrices.items()
         }
@@ -261,14 +262,15 @@ def test_scales_have_the_gradient_of_the_weights_they_scale(
                 stream.apply(index, layer, hidden_SLD).square().sum().backward()
             block = find_experts(layer)
             assert block is not None
-            gate_up_proj, down_proj = block.module.gate_up_proj, block.module.down_proj
+            gate_up_proj, down_proj = block.gate_up_proj, block.module.down_proj
             gate_up_proj.requires_grad_(True), down_proj.requires_grad_(True)
             stream.apply(index, layer, hidden_SLD).square().sum().backward()
             with torch.no_grad():
                 for expert in range(block.n_experts):
-                    gate, up = block.gate_up_rows(gate_up_proj.grad[expert] * gate_up_proj[expert]).chunk(2)
+                    moved = block.gate_up_rows(gate_up_proj.grad[expert] * gate_up_proj[expert])
                     down = block.down_rows(down_proj.grad[expert] * down_proj[expert])
-                    for matrix, moved_NK in (("gate", gate), ("up", up), ("down", down)):
+                    both = zip((*block.first, "down"), (*moved.chunk(len(block.first)), down), strict=True)
+                    for matrix, moved_NK in both:
                         scale_NS = scales[f"layers.{index}.experts.{expert}.{matrix}.scales"]
                         wanted_NS = moved_NK.unflatten(1, (-1, 32)).sum(-1) / 2
                         found_NS = torch.zeros_like(wanted_NS) if scale_NS.grad is None else scale_NS.grad
@@ -284,7 +286,7 @@ def test_what_is_tuned_of_each_architecture(
 ) -> None:
     """Routers wherever there are experts, and RMS norms, each in the file as the checkpoint has it."""
     monkeypatch.setattr(tuning, "N_STEPS", 2)
-    monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, dict.fromkeys(range(4), 0.15)))
+    monkeypatch.setattr(Judge, "trial", lambda *_: Trial(0.2, 0.1, 0.9, 0.95, dict.fromkeys(range(9), 0.15)))
     folder, spool = tiny(model_type, hidden=64, intermediate=64), Spool(tmp_path)
     # the head alone, so that there is something to make up for; where it is the embedding, both
     matrices = dict.fromkeys(("lm_head", "embed_tokens"), Matrix(QuantType.Q4_0, None))

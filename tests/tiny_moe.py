@@ -77,6 +77,7 @@ SIZES = {
     "granitemoehybrid": ("num_local_experts", "intermediate_size"),
     "glm4_moe_lite": ("n_routed_experts", "moe_intermediate_size"),
     "exaone_moe": ("num_experts", "moe_intermediate_size"),
+    "nemotron_h": ("n_routed_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
 
@@ -170,6 +171,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "mamba_d_state": 64,
         "position_embedding_type": "nope",
+    },
+    # experts without a gate; a layer has one of state space, attention and experts
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "head_dim": 64,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 64,
+        "n_groups": 2,
+        "moe_shared_expert_intermediate_size": 512,
+        "routed_scaling_factor": 2.5,
     },
     "glm4_moe_lite": LATENT_ATTENTION | DENSE_FIRST | SHARED_EXPERT | {"scoring_func": "sigmoid"},
     "exaone_moe": {
