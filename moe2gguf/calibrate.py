@@ -159,6 +159,8 @@ class _Forward:
                     batch.copy_(stream.run(index, layer, batch))
             probes.advance(index, layer, lambda done, total: step("probes", done, total))
             for path, matrix in capture.matrices.items():
+                if matrix.n_tokens == 0:  # Jamba multiplies with one without calling its module
+                    continue
                 name = f"layers.{index}.{path}"
                 self._importance[name] = matrix.importance_K()
                 self._errors[name] = _unprobed(self.measure.matrix(matrix, self.rng))

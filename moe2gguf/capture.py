@@ -23,7 +23,7 @@ class MatrixCapture:
     def __init__(self, module: nn.Linear):
         self.module = module
         self._sq_sum_K = torch.zeros(module.weight.shape[1], dtype=torch.float64)
-        self._n_tokens = 0
+        self.n_tokens = 0
         self._samples: list[torch.Tensor] = []
 
     @contextmanager
@@ -37,13 +37,13 @@ class MatrixCapture:
     def see(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x_TK = args[0].reshape(-1, args[0].shape[-1])
         self._sq_sum_K += x_TK.square().sum(0)
-        self._n_tokens += len(x_TK)
+        self.n_tokens += len(x_TK)
         # off the first tokens of sequences, whose states are unlike all others
         stride = max(1, len(x_TK) // LAYER_SAMPLE_TOKENS)
         self._samples.append(x_TK[stride // 2 :: stride].clone())
 
     def importance_K(self) -> np.ndarray:
-        return (self._sq_sum_K / max(self._n_tokens, 1)).float().numpy()
+        return (self._sq_sum_K / max(self.n_tokens, 1)).float().numpy()
 
     def sample_nK(self) -> torch.Tensor:
         return torch.cat(self._samples)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +213,14 @@ def _kept_tensors(slices: Mapping[str, Any], kept: list[int] | None, source: Sou
     n_pruned = 0
     for name, part in slices.items():
         match = _EXPERT.search(name)
-        is_fused = _FUSED.search(name) is not None and part.get_shape()[:1] == [source.n_expert]
+        is_fused = _FUSED.search(name) is not None and source.n_expert in (part.get_shape()[0], prod(part.get_shape()))
         if kept is None or (match is None and not is_fused):
             tensors[name] = part[:]
             continue
         n_pruned += 1
-        if match is None:
+        if match is None and part.get_shape()[0] == 1:  # ERNIE's bias for the choice
+            tensors[name] = part[:][:, kept].contiguous()
+        elif match is None:
             tensors[name] = part[:][kept].contiguous()
         elif int(match[2]) in kept:
             tensors[_EXPERT.sub(rf"\g<1>{kept.index(int(match[2]))}\g<3>", name)] = part[:]

@@ -259,7 +259,13 @@ class LayerStream:
     @torch.no_grad()
     def _call(self, shape: tuple[int, int], **given: torch.Tensor) -> None:
         """What each layer is called with beside hidden states of this shape."""
-        self.text_model(**given, use_cache=False)
+        try:
+            self.text_model(**given, use_cache=False)
+        except (TypeError, ValueError) as error:  # GLM-5's layers hand on which tokens they attend to
+            raise SourceError(
+                f"the layers of {self.config.model_type} cannot be run one by one yet ({error}); "
+                "please report the model"
+            ) from error
         self._call_kwargs[shape] = [s.call_kwargs for s in self._stand_ins]
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ FLOAT_NOISE = 5e-5
 # The median, because a token whose router is nearly tied goes to another expert then, and rightly so.
 ROUNDING_NOISE = 0.04
 # the state of linear attention, or of state-space layers, carries it on from token to token
-RECURRENT_NOISE = dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe", "nemotron_h"), 0.15)
+RECURRENT_NOISE = dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe", "nemotron_h", "jamba"), 0.15)
 
 
 def expert_types(path: Path) -> dict[tuple[int | None, str], list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -78,8 +79,21 @@ SIZES = {
     "glm4_moe_lite": ("n_routed_experts", "moe_intermediate_size"),
     "exaone_moe": ("num_experts", "moe_intermediate_size"),
     "nemotron_h": ("n_routed_experts", "moe_intermediate_size"),
+    "glm4v_moe": ("n_routed_experts", "moe_intermediate_size"),
+    "mistral3": ("n_routed_experts", "moe_intermediate_size"),
+    "hy_v3": ("num_experts", "moe_intermediate_size"),
+    "afmoe": ("num_experts", "moe_intermediate_size"),
+    "laguna": ("num_experts", "moe_intermediate_size"),
+    "solar_open": ("n_routed_experts", "moe_intermediate_size"),
+    "ernie4_5_moe": ("moe_num_experts", "moe_intermediate_size"),
+    "mellum": ("num_experts", "moe_intermediate_size"),
+    "cohere2_moe": ("num_experts", "intermediate_size"),
+    "kimi_linear": ("num_experts", "moe_intermediate_size"),
+    "jamba": ("num_experts", "intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
+# what some call the number of experts of a token
+TOP_K = {"gemma4": "top_k_experts", "ernie4_5_moe": "moe_k"}
 
 LATENT_ATTENTION = {
     "q_lora_rank": 64,
@@ -104,6 +118,11 @@ LINEAR_ATTENTION = {
 SHARED_EXPERT = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 # that the converter gives a part by their names
 GLM_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]
+NAMED_TOKENS = dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe"), GLM_TOKENS) | {
+    "solar_open": ["<|endoftext|>", "<|im_end|>", "<unk>", "<|startoftext|>"]
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_BY_LAYER = {"full_attention": ROPE, "sliding_attention": ROPE}
 GRANITE_SCALES = {
     "embedding_multiplier": 2.0,
     "residual_multiplier": 0.5,
@@ -195,6 +214,95 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "num_nextn_predict_layers": 0,
     },
+    "glm4v_moe": DENSE_FIRST
+    | SHARED_EXPERT
+    | {
+        "head_dim": 32,
+        "attention_bias": True,
+        "rope_parameters": ROPE | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5},
+    },
+    # Mistral 4, which is published with Mistral 3's part for pictures
+    "mistral3": LATENT_ATTENTION
+    | SHARED_EXPERT
+    | {
+        "model_type": "mistral4",
+        "qk_rope_head_dim": 32,
+        "head_dim": 64,
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "intermediate_size": 512,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "hy_v3": DENSE_FIRST | {"head_dim": 64, "num_shared_experts": 1},
+    # scaled embeddings; a sliding window in all layers but every fourth
+    "afmoe": {
+        "num_hidden_layers": 4,
+        "num_dense_layers": 2,
+        "head_dim": 64,
+        "sliding_window": 32,
+        "intermediate_size": 512,
+        "num_shared_experts": 1,
+        "mup_enabled": True,
+        "score_func": "sigmoid",
+        "route_norm": True,
+    },
+    "laguna": {"num_hidden_layers": 3, "intermediate_size": 512, "rope_parameters": ROPE_BY_LAYER},
+    "solar_open": {
+        "n_shared_experts": 1,
+        "intermediate_size": 512,
+        "head_dim": 64,
+        "rope_parameters": ROPE | {"partial_rotary_factor": 1.0},
+    },
+    "ernie4_5_moe": {
+        "num_hidden_layers": 3,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_interval": 1,
+    },
+    "mellum": {
+        "head_dim": 64,
+        "sliding_window": 32,
+        "intermediate_size": 512,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": ROPE_BY_LAYER,
+    },
+    # attention and experts side by side
+    "cohere2_moe": {"head_dim": 64, "sliding_window": 32},
+    # linear attention and MLA
+    "kimi_linear": {
+        "head_dim": 32,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 0,
+        "moe_router_activation_func": "sigmoid",
+        "linear_attn_config": {
+            "kda_layers": [1],
+            "full_attn_layers": [2],
+            "num_heads": 4,
+            "head_dim": 32,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    # state-space layers; experts in every second layer
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_dt_rank": 32,
+        "mamba_d_state": 16,
+        "use_mamba_kernels": False,
+    },
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
     "gpt_oss": {
         "head_dim": 64,
@@ -225,6 +333,22 @@ _VIT: dict[str, Any] = {
 VISION: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _VIT,
     "qwen3_vl_moe": _VIT | {"deepstack_visual_indexes": [0]},
+    "glm4v_moe": {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+    },
+    "mistral3": {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "patch_size": 4,
+        "image_size": 16,
+    },
     "gemma4": {
         "num_hidden_layers": 1,
         "hidden_size": 64,
@@ -273,15 +397,17 @@ def make_tiny(
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         n_experts_key: n_experts,
-        "top_k_experts" if model_type == "gemma4" else "num_experts_per_tok": top_k,
+        TOP_K.get(model_type, "num_experts_per_tok"): top_k,
         # not square, or transformers could not tell which way round a checkpoint has them
         width_key: 3 * intermediate if model_type == "qwen3_vl_moe" else intermediate,
     }
+    if model_type == "ernie4_5_moe":  # the converter divides this by the heads of k for the shared expert's width
+        sizes["intermediate_size"] = COMMON["num_key_value_heads"] * intermediate
     if model_type == "phimoe":
         sizes["rope_parameters"] = _long_rope(hidden // COMMON["num_attention_heads"])
     of_text = COMMON | SPECIAL[model_type] | sizes | options
     if model_type in VISION:
-        vision = VISION[model_type] | ({} if model_type == "gemma4" else {"out_hidden_size": hidden})
+        vision = VISION[model_type] | ({"out_hidden_size": hidden} if "depth" in VISION[model_type] else {})
         tied = of_text["tie_word_embeddings"]
         config = AutoConfig.for_model(model_type, text_config=of_text, vision_config=vision, tie_word_embeddings=tied)
     else:
@@ -372,8 +498,8 @@ def _experts_to_mxfp4(folder: Path) -> None:
 
 def _save_tokenizer(folder: Path, model_type: str) -> None:
     """A byte-level BPE trained on a few sentences: llama.cpp's converter cannot know the hash of its ids."""
-    if model_type == "gemma4":
-        return _save_byte_fallback_tokenizer(folder)
+    if model_type in ("gemma4", "jamba", "ernie4_5_moe"):
+        return _save_byte_fallback_tokenizer(folder, model_type)
     tokenizer = Tokenizer(models.BPE())
     # the converter takes a BPE for phimoe only from a GPT2Tokenizer, whose own pre-tokenizer is GPT-2's
     split = [] if model_type == "phimoe" else [pre_tokenizers.Split(Regex(QWEN2_REGEX), "isolated")]
@@ -381,7 +507,7 @@ def _save_tokenizer(folder: Path, model_type: str) -> None:
         [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    named = GLM_TOKENS if model_type.startswith("glm4") else []
+    named = NAMED_TOKENS.get(model_type, [])
     trainer = trainers.BpeTrainer(
         vocab_size=N_VOCAB - 1 - len(named), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
@@ -394,7 +520,7 @@ def _save_tokenizer(folder: Path, model_type: str) -> None:
         _edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
 
 
-def _save_byte_fallback_tokenizer(folder: Path) -> None:
+def _save_byte_fallback_tokenizer(folder: Path, model_type: str) -> None:
     """A BPE of characters, as the converter expects Gemma's to be: bytes stand for those that it does not know."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -408,6 +534,11 @@ def _save_byte_fallback_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     assert len(fast) == N_VOCAB
     fast.save_pretrained(folder)
+    if model_type == "ernie4_5_moe":
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+            vocab_size=N_VOCAB, byte_fallback=True, minloglevel=2,
+        )  # fmt: skip
 
 
 def _edit_json(file: Path, **changes: Any) -> None:

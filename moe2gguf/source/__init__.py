@@ -22,7 +22,7 @@ from moe2gguf.source.lazy import evaluate
 __all__ = ["KeyValue", "Source", "SourceTensor", "expert_axis", "layer_of", "open_source", "resolve_model"]
 
 FLOAT_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16}
-EXPERT_FIRST = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b\.bias$)")
+EXPERT_FIRST = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps\.|ffn_gate_inp\.(weight|bias)$|exp_probs_b(\.bias)?$)")
 
 # llama.cpp src/llama-quant.cpp, tensor_allows_quantization: parts of a name that keep a tensor from being
 # quantised. Its list goes on with encoders of images and sound, which a text model does not have.
@@ -172,10 +172,12 @@ def layer_of(name: str) -> int | None:
 
 def _source_tensor(name: str, info: gguf.gguf_writer.TensorInfo, arch: str, folder: Path) -> SourceTensor:
     shape = tuple(int(extent) for extent in info.shape)
+    if "exp_probs_b" in name:  # ERNIE's is a matrix of one row
+        shape = (prod(shape),)
     quantisable = _is_quantisable(name, shape, arch)
     lazy = info.tensor
     if info.dtype in FLOAT_TYPES:
-        return SourceTensor(name, shape, quantisable, lambda: _finite_f32(evaluate(lazy), name, folder))
+        return SourceTensor(name, shape, quantisable, lambda: _finite_f32(evaluate(lazy), name, folder).reshape(shape))
     if info.dtype != gguf.GGMLQuantizationType.MXFP4:
         raise SourceError(f"{name} of {folder} is stored as {info.dtype.name}, which moe2gguf does not read")
 

@@ -58,6 +58,8 @@ def convert_lazily(
                 model_name=model_name,
                 metadata_override=metadata_file,
             )
+            # Mistral's hands everything on to one of two
+            model = getattr(model, "impl", model)
             if _needs_all_weights(model.hparams):
                 raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
             by_hash = model.get_vocab_base_pre
