@@ -2,8 +2,8 @@
 
 transformers 5 fuses the experts of some seventy architectures into gate_up_proj and down_proj, whose layout
 (transposed, interleaved, biased) the module itself declares. Here every matrix is (features out, features in) and gate
-rows come before up rows, which is also the order in the GGUF. Where there is no gate, as
-in Nemotron's, up is all of gate_up.
+rows come before up rows, which is also the order in the GGUF. Where there is no gate, as in Nemotron's, up is all of
+gate_up.
 
 Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per token, n tokens of one expert.
 """

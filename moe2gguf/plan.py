@@ -124,6 +124,8 @@ def make_plan(
     length = sequence_length(source, calibration)
     rates = measured_rates(source, n_threads or available_cores())
     hidden = calibration.n_sequences * length * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    # what routers are given, where that is not what experts are
+    scored = hidden if any(re.search(r"ffn_gate_inp\.scale|ffn_latent_down", t.name) for t in source.tensors) else 0
     branches_bytes = int(n_branches(table) * calibration.n_probe_tokens / (calibration.n_sequences * length) * hidden)
     layer_bytes, outer_bytes = (n * F32_BYTES for n in (_largest_layer_params(source), _outer_params(source)))
     # what down projections of an expert are given, and how many experts are quantised at a time
@@ -143,7 +145,7 @@ def make_plan(
         LOADING * layer_bytes + hidden,
         # the stream, what the experts are given of it, and that once more while it is put together or squared; experts
         # in 16 bits while they are probed
-        4 / 3 * layer_bytes + 3 * hidden,
+        4 / 3 * layer_bytes + 3 * hidden + scored,
         # the head, and in 16 bits while it is probed
         outer_bytes + prod(vocabulary.shape) * F32_BYTES / 2 + hidden + logits_bytes,
     )
@@ -184,7 +186,7 @@ def make_plan(
                     # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
                     # given
                     layer_bytes
-                    + 2 * hidden
+                    + 2 * (hidden + scored)
                     + min(2 * hidden, AWAY_BYTES)
                     + n_chunk * (1.5 * inputs + _fed_back_bytes(expert.shape[1], expert.shape[2], n_chunk)),
                     _tuning_bytes(source, calibration.n_sequences, length) if quantizer.tuning else 0,
