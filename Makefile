@@ -31,7 +31,7 @@ help:
 	@echo "make check            ruff and mypy"
 	@echo "make setup            $(VENV) with pinned dependencies and the patched runtime"
 	@echo "make runtime          build (or take from the cache) and install the patched runtime"
-	@echo "make bench            compare with llama-quantize and others at equal bytes, a quarter of an hour; BENCH=full: half an hour"
+	@echo "make bench            compare with llama-quantize and others at equal bytes; BENCH=full: half an hour"
 	@echo "make bench-models     one budget of $(MODELS), trained first where models-out/ has none: a quarter of an hour each"
 	@echo "make bench-record     put what make bench and bench-models found into benchmarks/, README.md and BENCHMARKS.md"
 	@echo "make bench-runtime    measure the runtime's speed against the targets, on a quiet machine"

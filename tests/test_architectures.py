@@ -23,7 +23,7 @@ from tests.conftest import LAYOUTS, MIDDLE_BITS, N_EXPERTS, Converted, cheap_mea
 from tests.dequantised import dequantised_checkpoint, dequantised_tensors
 from tests.gguf_files import rewritten
 from tests.logits import TABLE_NOISE, llama_logits, transformers_logits
-from tests.tiny_moe import MODEL_TYPES
+from tests.tiny_configs import MODEL_TYPES
 
 # dimensions no K-quant block divides, experts narrower than the model, three experts a token
 ODD = {"hidden": 192, "intermediate": 96, "top_k": 3}

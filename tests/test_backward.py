@@ -11,7 +11,8 @@ from torch import nn
 from moe2gguf import backward as stage
 from moe2gguf.backward import backward
 from moe2gguf.stream import LayerStream
-from tests.tiny_moe import N_VOCAB, load_whole
+from tests.tiny_configs import N_VOCAB
+from tests.tiny_moe import load_whole
 
 SMALL = {"hidden": 64, "intermediate": 64}
 # two batches of sequences, chunks of logits that do not divide a sequence

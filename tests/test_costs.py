@@ -19,7 +19,7 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import MatrixErrors, load_stats
-from tests.tiny_moe import MODEL_TYPES
+from tests.tiny_configs import MODEL_TYPES
 
 
 def assert_covers(table, source: Source) -> None:

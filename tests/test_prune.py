@@ -18,7 +18,8 @@ from moe2gguf.stream import LayerStream
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, N_EXPERTS, cheap_measurements
 from tests.logits import llama_logits, transformers_logits
-from tests.tiny_moe import MODEL_TYPES, load_whole, with_head_ahead
+from tests.tiny_configs import MODEL_TYPES
+from tests.tiny_moe import load_whole, with_head_ahead
 
 TOKENS_SL = np.random.default_rng(0).integers(0, 300, (3, 16))
 # routers that choose among groups of experts first

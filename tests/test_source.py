@@ -15,7 +15,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
 from moe2gguf.runtime import find_runtime, tool
-from tests.tiny_moe import CORPUS, MODEL_TYPES, make_tiny, with_head_ahead
+from tests.tiny_configs import MODEL_TYPES
+from tests.tiny_moe import CORPUS, make_tiny, with_head_ahead
 
 try:
     find_runtime()

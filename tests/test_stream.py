@@ -15,7 +15,8 @@ from moe2gguf.capture import ExpertCapture
 from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.stream import LayerStream
-from tests.tiny_moe import MODEL_TYPES, N_VOCAB, load_whole
+from tests.tiny_configs import MODEL_TYPES, N_VOCAB
+from tests.tiny_moe import load_whole
 
 # below 256, so that these take no time
 SMALL = {"hidden": 64, "intermediate": 64}

@@ -30,7 +30,8 @@ from moe2gguf.tuning import Judge, Trial, descended, tune
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, cheap_measurements
 from tests.test_encode_experts import N_EXPERTS, TOKENS_SL, encode, every_expert
-from tests.tiny_moe import CORPUS, MODEL_TYPES, load_whole
+from tests.tiny_configs import MODEL_TYPES
+from tests.tiny_moe import CORPUS, load_whole
 
 TYPES = every_expert(QuantType.IQ2_XXS)
 MATRICES = {
