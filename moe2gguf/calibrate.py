@@ -159,7 +159,9 @@ class _Forward:
                     batch.copy_(stream.run(index, layer, batch))
             probes.advance(index, layer, lambda done, total: step("probes", done, total))
             for path, matrix in capture.matrices.items():
-                if matrix.n_tokens == 0:  # Jamba multiplies with one without calling its module
+                # Jamba multiplies with one without calling its module. And what chooses the tokens to attend to has no
+                # effect where there are so few that all are chosen: it would seem to be worth nothing
+                if matrix.n_tokens == 0 or "indexer." in path:
                     continue
                 name = f"layers.{index}.{path}"
                 self._importance[name] = matrix.importance_K()

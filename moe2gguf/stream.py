@@ -38,6 +38,8 @@ from moe2gguf.experts import find_experts
 
 # as transformers names them: of a module of experts, no module of their own
 EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
+# what GLM-5's layers hand on beside hidden states: which tokens each token attends to, all in sequences that are short
+SPARSE_ATTENTION = "prev_topk_indices"
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -59,13 +61,17 @@ class _StandIn(nn.Module):
             # models ask their layers for facts such as attention_type
             return getattr(self._real[0], name)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         _, *names = inspect.signature(self._real[0].forward).parameters
         kwargs |= zip(names, args, strict=False)
         if kwargs.get("per_layer_input") is not None:
             raise SourceError("layers that are given an embedding of each token are not supported yet")
         self.call_kwargs, self.seen_BLD = kwargs, hidden_states
-        return hidden_states if self.replacement_BLD is None else self.replacement_BLD
+        after_BLD = hidden_states if self.replacement_BLD is None else self.replacement_BLD
+        if SPARSE_ATTENTION not in names:
+            return after_BLD
+        n_sequences, n_tokens = hidden_states.shape[:2]
+        return after_BLD, torch.arange(n_tokens).expand(n_sequences, n_tokens, n_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,11 +267,16 @@ class LayerStream:
         """What each layer is called with beside hidden states of this shape."""
         try:
             self.text_model(**given, use_cache=False)
-        except (TypeError, ValueError) as error:  # GLM-5's layers hand on which tokens they attend to
+        except (TypeError, ValueError) as error:
             raise SourceError(
                 f"the layers of {self.config.model_type} cannot be run one by one yet ({error}); "
                 "please report the model"
             ) from error
+        if SPARSE_ATTENTION in self._stand_ins[-1].call_kwargs and shape[1] > self.config.index_topk:
+            raise SourceError(
+                f"{self.config.model_type} attends to {self.config.index_topk} tokens of {shape[1]}; calibrate with "
+                f"--length {self.config.index_topk}"
+            )
         self._call_kwargs[shape] = [s.call_kwargs for s in self._stand_ins]
 
     @torch.inference_mode()

@@ -103,7 +103,7 @@ def test_logits_are_those_of_the_values_in_the_file(
     misplaced = in_checkpoint_order(path, tmp_path / "wrong.gguf", rolled=f"blk.{layer}.ffn_down_exps.weight")
     noise = median_error(llama_logits(path, TOKENS))
     assert noise < RECURRENT_NOISE.get(model_type, ROUNDING_NOISE)
-    assert noise < 0.2 * median_error(llama_logits(misplaced, TOKENS))
+    assert noise < (0.5 if model_type in RECURRENT_NOISE else 0.2) * median_error(llama_logits(misplaced, TOKENS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -162,6 +162,13 @@ def test_routing_groups_keep_the_order(converted: Callable[..., Converted]) -> N
     assert not any("expert_order" in name for name in reader.fields)
     assert any("chooses experts through groups" in note for note in case.notes["grouped"])
     assert not any("chooses experts through groups" in note for note in case.notes["stock"])
+
+
+def test_what_seems_to_be_worth_nothing_is_kept(converted: Callable[..., Converted]) -> None:
+    """GLM-5's choice of tokens has no effect on texts as short as calibration's."""
+    tensors = gguf.GGUFReader(converted("glm_moe_dsa").results["grouped"].path).tensors
+    types = {tensor.tensor_type.name for tensor in tensors if "indexer" in tensor.name}
+    assert types == {"F32", "Q8_0"}
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "granitemoe_swa", "gpt_oss"])

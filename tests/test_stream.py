@@ -218,16 +218,18 @@ def test_an_embedding_for_each_layer_is_refused(tiny: Callable[..., Path]) -> No
         stream.embed(TOKENS_BL)
 
 
-def test_layers_that_hand_on_more_are_refused(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "glm_moe_dsa", vocab_size=N_VOCAB, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
-        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=32, kv_lora_rank=32,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2,
-        index_n_heads=2, index_head_dim=32, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+def test_more_tokens_than_are_attended_to_are_refused(tiny: Callable[..., Path]) -> None:
+    """Layers that attend to what another layer chose are given all tokens."""
+    stream = LayerStream(tiny("glm_moe_dsa", **SMALL, index_topk=40))
+    assert stream.embed(TOKENS_BL[:, :40]).isfinite().all()
+    with pytest.raises(SourceError, match="attends to 40 tokens of 48; calibrate with --length 40"):
+        stream.embed(TOKENS_BL)
+
+
+def test_layers_that_hand_on_more_are_refused(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe2gguf.stream.SPARSE_ATTENTION", "of another name")
     with pytest.raises(SourceError, match="layers of glm_moe_dsa cannot be run one by one"):
-        LayerStream(tmp_path).embed(TOKENS_BL)
+        LayerStream(tiny("glm_moe_dsa", **SMALL)).embed(TOKENS_BL)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma4"])

@@ -48,6 +48,7 @@ SIZES = {
     "granitemoehybrid": ("num_local_experts", "intermediate_size"),
     "glm4_moe_lite": ("n_routed_experts", "moe_intermediate_size"),
     "exaone_moe": ("num_experts", "moe_intermediate_size"),
+    "glm_moe_dsa": ("n_routed_experts", "moe_intermediate_size"),
     "nemotron_h": ("n_routed_experts", "moe_intermediate_size"),
     "glm4v_moe": ("n_routed_experts", "moe_intermediate_size"),
     "mistral3": ("n_routed_experts", "moe_intermediate_size"),
@@ -88,7 +89,7 @@ LINEAR_ATTENTION = {
 SHARED_EXPERT = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 # that the converter gives a part by their names
 GLM_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]
-NAMED_TOKENS = dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe"), GLM_TOKENS) | {
+NAMED_TOKENS = dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"), GLM_TOKENS) | {
     "solar_open": ["<|endoftext|>", "<|im_end|>", "<unk>", "<|startoftext|>"]
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -174,6 +175,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
     },
     "glm4_moe_lite": LATENT_ATTENTION | DENSE_FIRST | SHARED_EXPERT | {"scoring_func": "sigmoid"},
+    # attention to the tokens that a few small heads choose, or that those of another layer chose
+    "glm_moe_dsa": LATENT_ATTENTION
+    | DENSE_FIRST
+    | SHARED_EXPERT
+    | {
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "index_head_dim": 128,
+        "index_n_heads": 2,
+        "index_topk": 128,
+        "indexer_types": ["full", "shared", "full"],
+        "scoring_func": "sigmoid",
+    },
     "exaone_moe": {
         "num_hidden_layers": 3,
         "head_dim": 32,
