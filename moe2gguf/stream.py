@@ -35,6 +35,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
+from moe2gguf.source.checkpoint import read_json
 
 # as transformers names them: of a module of experts, no module of their own
 EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
@@ -105,6 +106,28 @@ class Shards:
             yield {name: shards[self.file_of[name]].get_slice(name) for name in names}
 
 
+def model_config(folder: Path) -> transformers.PreTrainedConfig:
+    """Raises SourceError for a model that transformers does not have."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        names = read_json(folder / "config.json").get("architectures") or [None]
+        # Kimi K2 is DeepSeek-V3 under a type of its own
+        known = getattr(transformers, str(names[0]), None)
+        if known is None:
+            raise _not_known(folder, error) from error
+        config = known.config_class.from_pretrained(folder)
+        config.model_type = known.config_class.model_type  # by which weights are converted
+        return config
+
+
+def _not_known(folder: Path, error: ValueError) -> SourceError:
+    return SourceError(
+        f"transformers {transformers.__version__} cannot run {folder}, which calibration needs: "
+        f"{str(error).splitlines()[0]}"
+    )
+
+
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """transformers' that makes the model as published: with pictures, if it sees them."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -115,7 +138,7 @@ class LayerStream:
     """A causal language model whose decoder layers are loaded one at a time, in float32."""
 
     def __init__(self, folder: Path):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = model_config(folder)
         # the stream decodes MXFP4 itself, below
         self._mxfp4 = getattr(config, "quantization_config", None) is not None
         if self._mxfp4:
@@ -124,9 +147,11 @@ class LayerStream:
                 raise SourceError(f"{folder} is quantised with {method}; calibrate on the unquantised checkpoint")
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            self.model = (
-                auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
-            )
+            try:
+                model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
+            except ValueError as error:
+                raise _not_known(folder, error) from error
+        self.model = model.eval()
         self.model.requires_grad_(False)
         self.text_model: Any = self.model.get_decoder()
         _drop_all_but(self.text_model, self.model)

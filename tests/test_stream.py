@@ -204,9 +204,8 @@ def test_no_weights_at_all(tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_a_quantised_checkpoint_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny("mixtral", **SMALL), tmp_path / "fp8")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    fp8 = {"quant_method": "fp8"}
+    folder = with_config(tiny("mixtral", **SMALL), tmp_path / "fp8", quantization_config=fp8)
     with pytest.raises(SourceError, match="is quantised with fp8; calibrate on the unquantised checkpoint"):
         LayerStream(folder)
 
@@ -216,6 +215,29 @@ def test_an_embedding_for_each_layer_is_refused(tiny: Callable[..., Path]) -> No
     stream = LayerStream(tiny("gemma4", **SMALL, hidden_size_per_layer_input=16, vocab_size_per_layer_input=N_VOCAB))
     with pytest.raises(SourceError, match="given an embedding of each token"):
         stream.embed(TOKENS_BL)
+
+
+def with_config(folder: Path, out: Path, **changes: object) -> Path:
+    shutil.copytree(folder, out)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def test_a_known_architecture_of_another_type(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As Kimi K2's, which transformers does not have by that name."""
+    folder = tiny("deepseek_v3", **SMALL)
+    _, wanted = streamed(LayerStream(folder), TOKENS_BL)
+    _, found = streamed(LayerStream(with_config(folder, tmp_path / "kimi", model_type="kimi_k2")), TOKENS_BL)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "of_tomorrow", "architectures": ["OfTomorrowForCausalLM"]}, {"model_type": "t5"}]
+)
+def test_a_model_that_transformers_cannot_run(changes: dict, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"transformers 5\.\S+ cannot run .*, which calibration needs: "):
+        LayerStream(with_config(tiny("qwen3_moe", **SMALL), tmp_path / "changed", **changes))
 
 
 def test_more_tokens_than_are_attended_to_are_refused(tiny: Callable[..., Path]) -> None:
