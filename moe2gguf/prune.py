@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -207,22 +206,28 @@ def _config(source: Source, kept: Mapping[int, list[int]], record: dict[str, Any
     return config | {RECORD: record | {"kept_experts": named}}
 
 
+def _fused_axis(name: str, shape: list[int], n_experts: int) -> int | None:
+    """Which runs over the experts of a tensor that has all of them."""
+    if _FUSED.search(name) is None:
+        return None
+    # ERNIE's bias for the choice is a matrix of one row
+    return 0 if shape[:1] == [n_experts] else 1 if shape == [1, n_experts] else None
+
+
 def _kept_tensors(slices: Mapping[str, Any], kept: list[int] | None, source: Source) -> dict[str, torch.Tensor]:
     """One layer's tensors by name. `kept`: None for a layer that has no experts."""
     tensors: dict[str, torch.Tensor] = {}
     n_pruned = 0
     for name, part in slices.items():
         match = _EXPERT.search(name)
-        is_fused = _FUSED.search(name) is not None and source.n_expert in (part.get_shape()[0], prod(part.get_shape()))
-        if kept is None or (match is None and not is_fused):
+        axis = _fused_axis(name, part.get_shape(), source.n_expert)
+        if kept is None or (match is None and axis is None):
             tensors[name] = part[:]
             continue
         n_pruned += 1
-        if match is None and part.get_shape()[0] == 1:  # ERNIE's bias for the choice
-            tensors[name] = part[:][:, kept].contiguous()
-        elif match is None:
-            tensors[name] = part[:][kept].contiguous()
-        elif int(match[2]) in kept:
+        if axis is not None:
+            tensors[name] = part[:].index_select(axis, torch.tensor(kept))
+        elif match is not None and int(match[2]) in kept:
             tensors[_EXPERT.sub(rf"\g<1>{kept.index(int(match[2]))}\g<3>", name)] = part[:]
     if kept is not None and not n_pruned:
         raise SourceError(

@@ -7,10 +7,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import torch
-from transformers import AutoConfig
 from transformers.models.phimoe import modeling_phimoe
 
-from moe2gguf.stream import auto_class
+from tests.tiny_moe import from_pretrained
 
 # of the logits' spread, where ggml looks an activation up in a table of f16
 TABLE_NOISE = {"gemma4": 5e-4}
@@ -38,10 +37,7 @@ def llama_logits(gguf_path: Path, tokens: list[int]) -> np.ndarray:
 
 def transformers_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     """(T, V) f32, with phimoe computed as llama.cpp does it."""
-    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.eval()
+    model = from_pretrained(folder, attn_implementation="eager")
     with torch.inference_mode(), phimoe_as_in_llama_cpp(model.config.model_type == "phimoe"):
         return model(torch.tensor([tokens])).logits[0].numpy()
 

@@ -117,9 +117,12 @@ def load_whole(folder: Path) -> PreTrainedModel:
     """The whole model in f32, its experts computed one after the other: other ways sum in another order."""
     config = json.loads((folder / "config.json").read_text())
     options = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
-    whole = auto_class(AutoConfig.from_pretrained(folder))
-    model = whole.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager", **options)
-    return model.float().eval()
+    return from_pretrained(folder, experts_implementation="eager", **options).float()
+
+
+def from_pretrained(folder: Path, **options: Any) -> PreTrainedModel:
+    model = auto_class(AutoConfig.from_pretrained(folder))
+    return model.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def _fill(model: PreTrainedModel, seed: int) -> None:

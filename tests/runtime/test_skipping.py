@@ -13,14 +13,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 
 from moe2gguf.experts import find_experts
 from moe2gguf.pipeline import write_float
-from moe2gguf.stream import auto_class
 from tests.gguf_files import rewritten
 from tests.logits import TABLE_NOISE
 from tests.test_architectures import as_it_stands, in_checkpoint_order
+from tests.tiny_moe import from_pretrained
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
 
@@ -123,8 +122,7 @@ def reference(
     last_windows: Sequence[tuple] | None = None,
 ) -> tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Logits f32 (T, V), kept slots and norms per layer of one sequence by itself."""
-    whole = auto_class(AutoConfig.from_pretrained(folder))
-    model = whole.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = from_pretrained(folder, attn_implementation="eager")
     seen: dict[int, np.ndarray] = {}
     norms: dict[int, np.ndarray] = {}
     with torch.inference_mode(), skipping(model, rule, windows, last_windows or windows, seen, norms):
