@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""What each part is worth: mean KL divergence at equal bytes, with one part at a time changed from a base.
+"""What each part is worth: mean KL divergence at equal bytes, for all of allocators × texts × affinities × routers.
 
     python scripts/ablation.py demo out/ --calibration-text FILE … [--other-text FILE] [--text FILE …] [--bits 2.54]
 
 All conversions of one calibration share its statistics, and all are measured on the same tokens, each text by itself. A
-conversion that is there is not made again.
+conversion that is there is not made again, and one without QESC is not made where QESC left all routers as they are.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import click
 
 from moe2gguf import pipeline
-from moe2gguf.evaluate import evaluate, held_out_text
+from moe2gguf.evaluate import Evaluation, evaluate, held_out_text
+from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.llama import available_cores
 from moe2gguf.pipeline import Calibration, Quantizer
+from moe2gguf.provenance import ROUTER_KEY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +31,19 @@ class Variant:
     feedback: bool = True
     tuned: bool = False
 
+    def path(self, folder: Path, bits: float) -> Path:
+        return folder / f"{bits:g}-{'-'.join(str(value) for value in vars(self).values())}.gguf"
 
-DEFAULT = Variant()
-VARIANTS = (
-    Variant("uniform", router="none"),
-    Variant("pmq", router="none"),
-    Variant(router="none"),
-    DEFAULT,
+
+PRODUCT = tuple(
+    Variant(allocator, calibrated_on, affinity, router)
+    for allocator, calibrated_on, affinity, router in itertools.product(
+        ("uniform", "pmq", "global"), ("text", "ebss"), ("none", "gate", "gate2"), ("qesc", "none")
+    )
+)
+BESIDE = (
     Variant(tuned=True),
-    Variant(affinity="none"),
-    Variant(affinity="gate2"),
     Variant(calibrated_on="sample"),
-    Variant(calibrated_on="ebss"),
 )
 MORE = (
     Variant(calibrated_on="other"),
@@ -80,12 +84,17 @@ def main(
     heads = "".join(f" {name}: KLD | perplexity | same top |" for name in texts)
     click.echo(f"| bits | bytes | {' | '.join(names)} |{heads} mean KLD |")
     click.echo("|---:|---:|" + "---|" * len(names) + "---:|" * (3 * len(texts) + 1))
+    measured: dict[Path, list[Evaluation]] = {}
     for wanted in (float(x) for x in bits.split(",")):
-        for variant in VARIANTS + (MORE if wanted == more_at else ()):
+        for variant in PRODUCT + BESIDE + (MORE if wanted == more_at else ()):
             if variant.calibrated_on == "other" and not other_text:
                 continue
             values = [str(value) for value in vars(variant).values()]
-            path = folder / f"{wanted:g}-{'-'.join(values)}.gguf"
+            path = variant.path(folder, wanted)
+            if variant in PRODUCT and variant.router == "none":
+                with_qesc = dataclasses.replace(variant, router="qesc").path(folder, wanted)
+                if not any(read_gguf(with_qesc).kv[ROUTER_KEY]):
+                    path = with_qesc
             if not path.exists():
                 pipeline.convert(
                     model,
@@ -102,10 +111,12 @@ def main(
                     calibration=calibrations[variant.calibrated_on],
                     work_folder=folder / f"calibrated-on-{variant.calibrated_on}",
                 )
-            found = [
-                evaluate(base, [path], part, max_chunks=chunks, n_threads=available_cores())[0]
-                for part in texts.values()
-            ]
+            if path not in measured:
+                measured[path] = [
+                    evaluate(base, [path], part, max_chunks=chunks, n_threads=available_cores())[0]
+                    for part in texts.values()
+                ]
+            found = measured[path]
             cells = "".join(f" {e.kld_mean:.5f} | {e.perplexity:.3f} | {e.same_top:.1%} |" for e in found)
             mean = sum(e.kld_mean for e in found) / len(found)
             click.echo(f"| {wanted:g} | {path.stat().st_size:,} | {' | '.join(values)} |{cells} {mean:.5f} |")
