@@ -14,8 +14,9 @@ import ctypes
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.source.checkpoint import read_json
+from moe2gguf.source.converter import dequantised
 
 # as transformers names them: of a module of experts, no module of their own
 EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
@@ -105,6 +107,23 @@ class Shards:
             }
             yield {name: shards[self.file_of[name]].get_slice(name) for name in names}
 
+    def tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self.file_of[name], framework="pt") as shard:
+            return shard.get_tensor(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """In place of a slice: a tensor of a quantised checkpoint, read and decoded when it is asked for."""
+
+    read: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+    def get_dtype(self) -> str:
+        return "BF16"  # which holds four bits and a scale's as well as training did
+
 
 def model_config(folder: Path) -> transformers.PreTrainedConfig:
     """Raises SourceError for a model that transformers does not have."""
@@ -128,6 +147,16 @@ def _not_known(folder: Path, error: ValueError) -> SourceError:
     )
 
 
+def _take_quant_method(config: transformers.PreTrainedConfig) -> str | None:
+    """How the checkpoint is quantised, None if it is not. transformers is not told: it would want its own kernels."""
+    method = None
+    for part in (config, config.get_text_config()):
+        if (found := getattr(part, "quantization_config", None)) is not None:
+            method = str(dict(found).get("quant_method"))
+            del part.quantization_config
+    return method
+
+
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """transformers' that makes the model as published: with pictures, if it sees them."""
     sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -139,13 +168,14 @@ class LayerStream:
 
     def __init__(self, folder: Path):
         config = model_config(folder)
-        # the stream decodes MXFP4 itself, below
-        self._mxfp4 = getattr(config, "quantization_config", None) is not None
-        if self._mxfp4:
-            method = dict(config.quantization_config).get("quant_method")
-            if method != "mxfp4":
-                raise SourceError(f"{folder} is quantised with {method}; calibrate on the unquantised checkpoint")
-            del config.quantization_config
+        self._shards = Shards.of(folder)
+        # the stream decodes what is quantised itself, below
+        method = _take_quant_method(config)
+        self._mxfp4 = method == "mxfp4"
+        self._decoded: dict[str, Callable[[], torch.Tensor]] = {}
+        if method is not None and not self._mxfp4:
+            readers = {name: partial(self._shards.tensor, name) for name in self._shards.file_of}
+            self._decoded = dequantised(folder, readers)
         with init_empty_weights(include_buffers=False):
             try:
                 model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
@@ -164,7 +194,6 @@ class LayerStream:
             )
         path = next(name for name, module in self.model.named_modules() if module is self.text_model)
         self._layers_prefix = f"{path}.layers."
-        self._shards = Shards.of(folder)
         self._mapping = get_model_conversion_mapping(self.model)
         self._names_by_layer, self._expert_names, self._end_names, self._other_names = self._group_names()
         self._stand_ins = [_StandIn(layer) for layer in self.layers]
@@ -221,7 +250,7 @@ class LayerStream:
         of_experts: set[str] = set()
         of_ends: list[str] = []
         others: list[str] = []
-        for name in sorted(self._shards.file_of):
+        for name in sorted(self._decoded or self._shards.file_of):
             target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, meta)[0]
             if target.startswith(self._layers_prefix):
                 # layers beyond the last are multi-token prediction heads, which the forward pass does not use
@@ -234,8 +263,9 @@ class LayerStream:
         return by_layer, of_experts, of_ends, others
 
     def _load(self, names: list[str]) -> None:
-        with self._shards.slices(names) as slices:
-            state = _decode_mxfp4(slices) if self._mxfp4 else slices
+        decoded = {name: _Decoded(self._decoded[name]) for name in names} if self._decoded else {}
+        with self._shards.slices([] if decoded else names) as slices:
+            state = _decode_mxfp4(slices) if self._mxfp4 else decoded or slices
             # the mapping collects tensors while it works, so each load gets a fresh copy
             load_config = LoadStateDictConfig(
                 dtype=torch.float32,

@@ -18,10 +18,11 @@ import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe2gguf.errors import SourceError
 from moe2gguf.source import SourceTensor, expert_axis, layer_of, open_source
+from tests.tiny_moe import FP8_BLOCK, INT4_GROUP
 
 # Tensor numbers start here and are even, positions stay below it, and float32 holds both exactly.
 FIRST_NUMBER = 2**23
@@ -61,6 +62,28 @@ def dequantised_checkpoint(gguf_path: Path, hf_folder: Path, out_folder: Path) -
     return out_folder
 
 
+def float_checkpoint(hf_folder: Path, out_folder: Path) -> Path:
+    """Writes one in FP8 or packed integers as the floats that it stands for, experts in BF16 as the stream has them."""
+    tensors = load_file(hf_folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        scales = tensors.pop(name)
+        for axis in (0, 1):
+            scales = scales.repeat_interleave(FP8_BLOCK, axis)
+        weight_NK = tensors[name.removesuffix("_scale_inv")].float()
+        tensors[name.removesuffix("_scale_inv")] = weight_NK * scales[: weight_NK.shape[0], : weight_NK.shape[1]]
+    for name in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
+        words, scales = tensors.pop(f"{name}_packed"), tensors.pop(f"{name}_scale").float()
+        n_rows, n_columns = tensors.pop(f"{name}_shape").tolist()
+        tensors[name] = torch.empty(n_rows, n_columns)
+        for column in range(n_columns):
+            codes = (words[:, column // 8] >> (4 * (column % 8))) & 15
+            tensors[name][:, column] = (codes - 8) * scales[:, column // INT4_GROUP]
+    shutil.copytree(hf_folder, out_folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    exact = {n: x.bfloat16().float() if ".experts." in n else x.float() for n, x in tensors.items()}
+    _write_float_checkpoint(out_folder, exact)
+    return out_folder
+
+
 def dequantised_tensors(gguf_path: Path) -> dict[str, np.ndarray]:
     """f32 values under stock names: groups joined, experts in the checkpoint's order."""
     reader = gguf.GGUFReader(gguf_path)
@@ -93,6 +116,12 @@ def _float_shapes(hf_folder: Path) -> dict[str, tuple[int, ...]]:
         n_expert, n_out, n_block, n_byte = shapes.pop(name)
         del shapes[name.removesuffix("_blocks") + "_scales"]
         shapes[name.removesuffix("_blocks")] = (n_expert, n_block * n_byte * 2, n_out)
+    for name in [name for name in shapes if name.endswith("_scale_inv")]:
+        del shapes[name]
+    for name in [name.removesuffix("_packed") for name in shapes if name.endswith("_packed")]:
+        n_rows, n_words = shapes.pop(f"{name}_packed")
+        del shapes[f"{name}_scale"], shapes[f"{name}_shape"]
+        shapes[name] = (n_rows, 8 * n_words)
     return dict(sorted(shapes.items()))
 
 

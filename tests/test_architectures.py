@@ -29,7 +29,9 @@ from tests.tiny_configs import MODEL_TYPES
 ODD = {"hidden": 192, "intermediate": 96, "top_k": 3}
 CASES = [
     *(pytest.param(model_type, {}, MIDDLE_BITS, id=model_type) for model_type in MODEL_TYPES),
-    pytest.param("gpt_oss", {"mxfp4": True}, MIDDLE_BITS, id="gpt_oss-mxfp4"),
+    pytest.param("gpt_oss", {"stored": "mxfp4"}, MIDDLE_BITS, id="gpt_oss-mxfp4"),
+    pytest.param("minimax_m2", {"stored": "fp8"}, MIDDLE_BITS, id="minimax_m2-fp8"),
+    pytest.param("deepseek_v3", {"stored": "int4"}, MIDDLE_BITS, id="deepseek_v3-int4"),
     # experts narrower at both ends than what the router is given
     pytest.param("nemotron_h", {"hidden": 512, "moe_latent_size": 256}, MIDDLE_BITS, id="nemotron_h-latent"),
     # blocks of 32 begin at 4.5 bits
@@ -124,7 +126,7 @@ def test_every_tensor_is_the_checkpoints(
 # with the four types for odd columns an order may come out as it was
 @pytest.mark.parametrize(
     ("model_type", "options", "bits"),
-    [case for case in CASES if case.values[0] != "deepseek_v3" and case.values[1] is not ODD],
+    [case for case in CASES if case.values[0] not in ("deepseek_v3", "deepseek_v32") and case.values[1] is not ODD],
 )
 def test_experts_get_types_and_places_of_their_own(
     model_type: str, options: dict, bits: float, converted: Callable[..., Converted]

@@ -23,8 +23,8 @@ from tests.tiny_moe import load_whole, with_head_ahead
 
 TOKENS_SL = np.random.default_rng(0).integers(0, 300, (3, 16))
 # routers that choose among groups of experts first
-UNGROUPED = [t for t in MODEL_TYPES if t != "deepseek_v3"]
-VARIANTS = [*((t, {}) for t in UNGROUPED), ("gpt_oss", {"mxfp4": True})]
+UNGROUPED = [t for t in MODEL_TYPES if t not in ("deepseek_v3", "deepseek_v32")]
+VARIANTS = [*((t, {}) for t in UNGROUPED), ("gpt_oss", {"stored": "mxfp4"}), ("minimax_m2", {"stored": "fp8"})]
 
 
 def silent(*_: object) -> None:

@@ -15,6 +15,7 @@ from moe2gguf.capture import ExpertCapture
 from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.stream import LayerStream
+from tests.dequantised import float_checkpoint
 from tests.tiny_configs import MODEL_TYPES, N_VOCAB
 from tests.tiny_moe import load_whole
 
@@ -22,7 +23,7 @@ from tests.tiny_moe import load_whole
 SMALL = {"hidden": 64, "intermediate": 64}
 CASES = [
     *(pytest.param(model_type, {}, id=model_type) for model_type in MODEL_TYPES),
-    pytest.param("gpt_oss", {"mxfp4": True}, id="gpt_oss-mxfp4"),
+    pytest.param("gpt_oss", {"stored": "mxfp4"}, id="gpt_oss-mxfp4"),
     pytest.param("nemotron_h", {"moe_latent_size": 32}, id="nemotron_h-latent"),
     pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="tied"),
     # experts are fused in the type that they are stored in
@@ -203,10 +204,19 @@ def test_no_weights_at_all(tiny: Callable[..., Path], tmp_path: Path) -> None:
         LayerStream(folder)
 
 
-def test_a_quantised_checkpoint_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    fp8 = {"quant_method": "fp8"}
-    folder = with_config(tiny("mixtral", **SMALL), tmp_path / "fp8", quantization_config=fp8)
-    with pytest.raises(SourceError, match="is quantised with fp8; calibrate on the unquantised checkpoint"):
+@pytest.mark.parametrize("stored", ["fp8", "int4"])
+@pytest.mark.parametrize("size", [64, 192])  # less than one block of FP8, and no multiple of it
+def test_a_quantised_checkpoint_is_what_it_stands_for(
+    stored: str, size: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny("deepseek_v3", hidden=size, intermediate=size, stored=stored)
+    _, wanted = whole(float_checkpoint(folder, tmp_path / "floats"), TOKENS_BL)
+    assert torch.equal(streamed(LayerStream(folder), TOKENS_BL)[1], wanted)
+
+
+def test_an_unknown_way_of_quantising_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = with_config(tiny("mixtral", **SMALL), tmp_path / "hqq", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(SourceError, match="Quant method is not yet supported: 'hqq'"):
         LayerStream(folder)
 
 

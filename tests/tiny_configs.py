@@ -8,6 +8,20 @@ N_VOCAB = 320
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "mimo_v2_flash": {
+        "rope_parameters": None,
+        "rope_theta": 5e6,
+        "swa_rope_theta": 1e4,
+        "partial_rotary_factor": 0.334,
+        "hybrid_layer_pattern": [0, 1, 0],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 96,
+        "swa_v_head_dim": 64,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "layernorm_epsilon": 1e-5,
+    },
 }
 
 COMMON: dict[str, Any] = {
@@ -61,6 +75,8 @@ SIZES = {
     "cohere2_moe": ("num_experts", "intermediate_size"),
     "kimi_linear": ("num_experts", "moe_intermediate_size"),
     "jamba": ("num_experts", "intermediate_size"),
+    "mimo_v2_flash": ("n_routed_experts", "moe_intermediate_size"),
+    "deepseek_v32": ("n_routed_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
 # what some call the number of experts of a token
@@ -188,6 +204,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_types": ["full", "shared", "full"],
         "scoring_func": "sigmoid",
     },
+    "deepseek_v32": LATENT_ATTENTION
+    | DENSE_FIRST
+    | {
+        "n_group": 2,
+        "topk_group": 1,
+        "scoring_func": "sigmoid",
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "index_head_dim": 128,
+        "index_n_heads": 2,
+        "index_topk": 128,
+    },
     "exaone_moe": {
         "num_hidden_layers": 3,
         "head_dim": 32,
@@ -286,6 +314,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 32,
         "mamba_d_state": 16,
         "use_mamba_kernels": False,
+    },
+    # attention sinks and more heads of keys where there is a window; values of another width
+    "mimo_v2_flash": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "head_dim": 96,
+        "v_head_dim": 64,
+        "intermediate_size": 512,
     },
     # biases on attention, router and experts, attention sinks, a sliding window in every second layer
     "gpt_oss": {

@@ -6,6 +6,7 @@ the router prefers some experts without always taking the same, and logits sprea
 
 import json
 import math
+import re
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +18,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from moe2gguf.stream import auto_class
@@ -27,6 +28,8 @@ QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+FP8_BLOCK = 128
+INT4_GROUP = 32
 CORPUS = (
     "The old lighthouse keeper counted ships until the fog came in, and then he counted 12 waves instead.",
     "def mean(values): return sum(values) / len(values)  # of 3 or more",
@@ -59,12 +62,12 @@ def make_tiny(
     top_k: int = 2,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    mxfp4: bool = False,
+    stored: str | None = None,
     **options: Any,
 ) -> Path:
     """Writes a random checkpoint with its tokenizer into `folder`; `options` override the config class's.
 
-    `mxfp4` stores the experts of gpt_oss as its published checkpoints do.
+    `stored` quantises it as published checkpoints are, "mxfp4" for gpt_oss, else "fp8" or "int4".
     """
     n_experts_key, width_key = SIZES[model_type]
     sizes: dict[str, Any] = {
@@ -91,8 +94,8 @@ def make_tiny(
     _fill(model, seed)
     model.to(dtype).save_pretrained(folder)
     _save_tokenizer(folder, model_type)
-    if mxfp4:
-        _experts_to_mxfp4(folder)
+    if stored is not None:
+        {"mxfp4": _experts_to_mxfp4, "fp8": _to_fp8, "int4": _experts_to_int4}[stored](folder)
     if model_type == "qwen3_vl_moe":
         _transpose_experts(folder)
     if model_type in AS_PUBLISHED:
@@ -116,13 +119,15 @@ def with_head_ahead(folder: Path, published: Path) -> Path:
 def load_whole(folder: Path) -> PreTrainedModel:
     """The whole model in f32, its experts computed one after the other: other ways sum in another order."""
     config = json.loads((folder / "config.json").read_text())
-    options = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in config else {}
-    return from_pretrained(folder, experts_implementation="eager", **options).float()
+    method = config.get("quantization_config", {}).get("quant_method")
+    dequantised = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    options = {"quantization_config": dequantised[method](dequantize=True)} if method else {}
+    return from_pretrained(folder, experts_implementation="eager", **options)
 
 
 def from_pretrained(folder: Path, **options: Any) -> PreTrainedModel:
     model = auto_class(AutoConfig.from_pretrained(folder))
-    return model.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return model.from_pretrained(folder, dtype=torch.float32, **options).eval().float()  # from MXFP4 and FP8 in BF16
 
 
 def _fill(model: PreTrainedModel, seed: int) -> None:
@@ -170,6 +175,53 @@ def _experts_to_mxfp4(folder: Path) -> None:
         folder / "config.json",
         quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": not_converted},
     )
+
+
+def _to_fp8(folder: Path) -> None:
+    """As DeepSeek-V3 and MiniMax-M2 are: a scale for each 128 × 128 of every projection."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if ".layers." in n and n.endswith(".weight") and tensors[n].dim() == 2]:
+        if re.search(r"norm|router|\.gate\.", name):
+            continue
+        weight_NK = tensors[name].float()
+        rows, columns = (-(-extent // FP8_BLOCK) for extent in weight_NK.shape)
+        blocks = [
+            (slice(i * FP8_BLOCK, (i + 1) * FP8_BLOCK), slice(j * FP8_BLOCK, (j + 1) * FP8_BLOCK))
+            for i in range(rows)
+            for j in range(columns)
+        ]
+        scales = torch.tensor([weight_NK[block].abs().max() / 448 for block in blocks])
+        for block, scale in zip(blocks, scales, strict=True):
+            weight_NK[block] /= scale
+        tensors[name] = weight_NK.to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales.reshape(rows, columns)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+    _edit_json(folder / "config.json", quantization_config=config)
+
+
+def _experts_to_int4(folder: Path) -> None:
+    """As Kimi K2 is since Thinking: compressed-tensors' packed codes, a scale for each 32."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if ".mlp.experts." in n and n.endswith(".weight")]:
+        weight_NK = tensors.pop(name).float()
+        n_rows, n_columns = weight_NK.shape
+        groups_NGk = weight_NK.reshape(n_rows, -1, INT4_GROUP)
+        scales_NG = (groups_NGk.abs().amax(-1) / 7).to(torch.bfloat16)
+        codes_NGk = (groups_NGk / scales_NG.float()[..., None]).round().clamp(-8, 7).to(torch.int64) + 8
+        places = torch.arange(0, 32, 4)
+        packed = (codes_NGk.reshape(n_rows, -1, 8) << places).sum(-1)
+        tensors[f"{name}_packed"] = packed.to(torch.int32)
+        tensors[f"{name}_scale"] = scales_NG
+        tensors[f"{name}_shape"] = torch.tensor([n_rows, n_columns])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "group_size": INT4_GROUP, "strategy": "group", "type": "int", "symmetric": True}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    _edit_json(folder / "config.json", quantization_config=config)
 
 
 def _save_tokenizer(folder: Path, model_type: str) -> None:

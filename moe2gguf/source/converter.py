@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,10 @@ from moe2gguf.source.checkpoint import read_json
 from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
 
 CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
+# whose converters want config.json as it is published: transformers divides rotary parameters among kinds of layers
+CONFIGURED_AS_PUBLISHED = ("MimoV2Model",)
+# whose converters insist on add_bos_token, which transformers does not tell of a tokenizer.json; gguf reads it there
+WITHOUT_BOS_CHECK = ("DeepseekV32Model",)
 
 
 def convert_lazily(
@@ -49,6 +53,7 @@ def convert_lazily(
             raise _unknown_pre_tokenizer(f"{pre_tokenizer} is not a pre-tokenizer of llama.cpp", model_class)
         # heads that predict further tokens: transformers does not run them, so nothing could be measured of theirs
         model_class.no_mtp = True
+        as_published = model_class.__name__ in CONFIGURED_AS_PUBLISHED
         try:
             # ALL_F32 because it loses nothing: the type each tensor gets is decided later, by us
             model = model_class(
@@ -57,11 +62,13 @@ def convert_lazily(
                 folder,
                 model_name=model_name,
                 metadata_override=metadata_file,
+                hparams=read_json(folder / "config.json") if as_published else None,
             )
+            if model_class.__name__ in WITHOUT_BOS_CHECK:
+                model.set_vocab = model._set_vocab_gpt2
             # Mistral's hands everything on to one of two
             model = getattr(model, "impl", model)
-            if _needs_all_weights(model.hparams):
-                raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
+            _refuse_nvfp4(folder, model.hparams)
             by_hash = model.get_vocab_base_pre
             model.get_vocab_base_pre = lambda tokenizer: _pre_tokenizer(
                 tokenizer, folder, pre_tokenizer, by_hash, model_class
@@ -72,9 +79,28 @@ def convert_lazily(
             raise
         # assertions, and whatever the libraries underneath raise: all of it means "not this checkpoint"
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise SourceError(f"llama.cpp's converter cannot read {folder}: {reason}") from error
+            raise _not_read(folder, error) from error
     return model
+
+
+def dequantised(folder: Path, read: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], torch.Tensor]]:
+    """Of the tensors of a quantised checkpoint, by name, those that they stand for, decoded as the converter does.
+
+    Raises SourceError for a way of quantising that it does not know.
+    """
+    conversion = _import_conversion()
+    hparams = conversion.ModelBase.load_hparams(folder, False)
+    hparams |= hparams.get("text_config", {})
+    _refuse_nvfp4(folder, hparams)
+    # what this one method needs: the class itself would look for tensors under names of its own
+    model = object.__new__(_model_class(conversion, folder))
+    model.hparams, model.model_tensors = hparams, dict(read)
+    model.lazy = model._is_nvfp4 = model._fp8_as_q8 = False
+    try:
+        model.dequant_model()
+    except Exception as error:
+        raise _not_read(folder, error) from error
+    return model.model_tensors
 
 
 def known_pre_tokenizers(model_class: Any) -> list[str]:
@@ -122,9 +148,15 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
         ) from error
 
 
-def _needs_all_weights(hparams: dict[str, Any]) -> bool:
-    """The converter repacks NVFP4 while it opens a checkpoint: the whole model would be in memory."""
-    return "NVFP4" in json.dumps(hparams.get("quantization_config") or {}).upper()
+def _not_read(folder: Path, error: Exception) -> SourceError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return SourceError(f"llama.cpp's converter cannot read {folder}: {reason}")
+
+
+def _refuse_nvfp4(folder: Path, hparams: dict[str, Any]) -> None:
+    """The converter repacks it while it opens a checkpoint: the whole model would be in memory."""
+    if "NVFP4" in json.dumps(hparams.get("quantization_config") or {}).upper():
+        raise SourceError(f"{folder} is quantised to NVFP4, which cannot be read lazily; give the original")
 
 
 def _pre_tokenizer(tokenizer: Any, folder: Path, override: str | None, by_hash: Any, model_class: Any) -> str:
