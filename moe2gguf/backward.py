@@ -30,7 +30,7 @@ Last = Callable[[], AbstractContextManager]
 
 def chunks(hidden_SLD: torch.Tensor) -> list[tuple[int, slice]]:
     """Sequence and tokens of parts whose logits are few enough for memory."""
-    n_sequences, length, _ = hidden_SLD.shape
+    n_sequences, length = hidden_SLD.shape[:2]
     starts = range(0, length, LOGITS_CHUNK_TOKENS)
     return [(s, slice(start, min(start + LOGITS_CHUNK_TOKENS, length))) for s in range(n_sequences) for start in starts]
 

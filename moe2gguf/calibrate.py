@@ -273,6 +273,8 @@ def graded(
         stream, hidden_SLD, loss, prepare=prepare, finish=finish, batch_sequences=at_once,
         scratch_folder=scratch_folder, listen=listen,
     )  # fmt: skip
+    if gradient_SLD.dim() > 3:  # hyper-connections: every stream begins as the embedding
+        gradient_SLD = gradient_SLD.sum(2)
     sums = Sums.zeros(gradient_SLD.shape[-1])
     for gradient_LD in gradient_SLD:
         sums.add(gradient_LD)

@@ -123,7 +123,10 @@ def make_plan(
     allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
     length = sequence_length(source, calibration)
     rates = measured_rates(source, n_threads or available_cores())
-    hidden = calibration.n_sequences * length * source.tensor("token_embd.weight").shape[1] * F32_BYTES
+    # hyper-connections: several streams of hidden states
+    n_streams = source.hparams.get("hc_mult", source.hparams.get("hc_count", 1))
+    width = n_streams * source.tensor("token_embd.weight").shape[1]
+    hidden = calibration.n_sequences * length * width * F32_BYTES
     # what routers are given, where that is not what experts are
     scored = hidden if any(re.search(r"ffn_gate_inp\.scale|ffn_latent_down", t.name) for t in source.tensors) else 0
     branches_bytes = int(n_branches(table) * calibration.n_probe_tokens / (calibration.n_sequences * length) * hidden)

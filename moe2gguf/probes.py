@@ -194,7 +194,7 @@ def mean_kl(stream: LayerStream, clean_SLD: torch.Tensor, other_SLD: torch.Tenso
 
 def _chunks(hidden_SLD: torch.Tensor) -> tuple[list[tuple[slice, slice]], int]:
     """Parts of one sequence each, and how many tokens they have."""
-    n_sequences, length, _ = hidden_SLD.shape
+    n_sequences, length = hidden_SLD.shape[:2]
     step = min(length, LOGITS_CHUNK_TOKENS)
     starts = range(0, length - step + 1, step)
     return [(slice(s, s + 1), slice(start, start + step)) for s in range(n_sequences) for start in starts], step

@@ -344,7 +344,7 @@ class LayerStream:
         shape = (hidden_BLD.shape[0], hidden_BLD.shape[1])
         if shape not in self._call_kwargs:
             # no tokens: that would load the embedding beside a layer
-            self._call(shape, inputs_embeds=torch.zeros(hidden_BLD.shape))
+            self._call(shape, inputs_embeds=torch.zeros(*shape, hidden_BLD.shape[-1]))
         out = layer(hidden_BLD, **self._call_kwargs[shape][index])
         return out[0] if isinstance(out, tuple) else out
 

@@ -24,6 +24,15 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+# and the names of tensors, likewise
+NAMED_AS_PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
+    "hy_v4": (
+        (r"\.hc_pre\.hc_(attn|mlp)_layer\.", r".hc_\1_layer.hc_pre."),
+        (r"\.hc_pre\.hc_head\.", ".hc_head."),
+        (r"\.mlp(\.shared_experts)?\.linear_gate\.", r".mlp\1.gate_proj."),
+    ),
+}
+
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -76,6 +85,7 @@ SIZES = {
     "kimi_linear": ("num_experts", "moe_intermediate_size"),
     "jamba": ("num_experts", "intermediate_size"),
     "mimo_v2_flash": ("n_routed_experts", "moe_intermediate_size"),
+    "hy_v4": ("n_routed_experts", "moe_intermediate_size"),
     "deepseek_v32": ("n_routed_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
@@ -215,6 +225,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "index_head_dim": 128,
         "index_n_heads": 2,
         "index_topk": 128,
+    },
+    # four streams of hidden states, which layers read and write in shares of their own (hyper-connections)
+    "hy_v4": LATENT_ATTENTION
+    | {
+        "num_hidden_layers": 3,
+        "intermediate_size": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "index_head_dim": 128,
+        "index_n_heads": 2,
+        "index_topk": 128,
+        "indexer_types": ["full", "shared", "full"],
     },
     "exaone_moe": {
         "num_hidden_layers": 3,

@@ -22,7 +22,17 @@ from transformers import AutoConfig, FineGrainedFP8Config, Mxfp4Config, PreTrain
 from transformers.initialization import no_init_weights
 
 from moe2gguf.stream import auto_class
-from tests.tiny_configs import AS_PUBLISHED, COMMON, N_VOCAB, NAMED_TOKENS, SIZES, SPECIAL, TOP_K, VISION
+from tests.tiny_configs import (
+    AS_PUBLISHED,
+    COMMON,
+    N_VOCAB,
+    NAMED_AS_PUBLISHED,
+    NAMED_TOKENS,
+    SIZES,
+    SPECIAL,
+    TOP_K,
+    VISION,
+)
 
 QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -94,6 +104,10 @@ def make_tiny(
     _fill(model, seed)
     model.to(dtype).save_pretrained(folder)
     _save_tokenizer(folder, model_type)
+    for pattern, published in NAMED_AS_PUBLISHED.get(model_type, ()):
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {re.sub(pattern, published, name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     if stored is not None:
         {"mxfp4": _experts_to_mxfp4, "fp8": _to_fp8, "int4": _experts_to_int4}[stored](folder)
     if model_type == "qwen3_vl_moe":
