@@ -327,10 +327,11 @@ class LayerStream:
                 f"the layers of {self.config.model_type} cannot be run one by one yet ({error}); "
                 "please report the model"
             ) from error
-        if SPARSE_ATTENTION in self._stand_ins[-1].call_kwargs and shape[1] > self.config.index_topk:
+        n_attended = getattr(self.config.get_text_config(), "index_topk", None)
+        if SPARSE_ATTENTION in self._stand_ins[-1].call_kwargs and shape[1] > n_attended:
             raise SourceError(
-                f"{self.config.model_type} attends to {self.config.index_topk} tokens of {shape[1]}; calibrate with "
-                f"--length {self.config.index_topk}"
+                f"{self.config.model_type} attends to {n_attended} tokens of {shape[1]}; calibrate with "
+                f"--length {n_attended}"
             )
         self._call_kwargs[shape] = [s.call_kwargs for s in self._stand_ins]
 

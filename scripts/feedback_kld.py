@@ -89,7 +89,7 @@ def main() -> None:
         plan = uniform_plan(source, stats, quant_type)
         ggml = evaluated(plan, None)
         rise = ggml.perplexity - ggml.base_perplexity
-        line = f"{quant_type.name:8} {ggml.kld_mean:.5f}   {ggml.base_perplexity:.3f} +{rise:.3f}"
+        line = f"{quant_type.name:8} {ggml.kld_mean:.5f} ± {ggml.kld_error:.5f}   {ggml.base_perplexity:.3f} +{rise:.3f}"
         for affinity in arguments.affinity:
             spool = Spool(arguments.work / f"{quant_type.name}-{affinity}")
             encode_experts(
@@ -106,7 +106,7 @@ def main() -> None:
             kept = Counter(outcome.damping is not None for outcome in spool.outcomes())
             found = evaluated(plan, spool)
             spool.remove()
-            line += f"      {found.kld_mean / ggml.kld_mean:.3f}x"
+            line += f"      {found.kld_mean / ggml.kld_mean:.3f}x ± {found.kld_error / ggml.kld_mean:.3f}"
             line += f"      {(found.perplexity - found.base_perplexity) / rise:.3f}x    {kept[True]}/{kept.total()}"
         print(line)
         sys.stdout.flush()

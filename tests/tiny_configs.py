@@ -86,6 +86,7 @@ SIZES = {
     "jamba": ("num_experts", "intermediate_size"),
     "mimo_v2_flash": ("n_routed_experts", "moe_intermediate_size"),
     "hy_v4": ("n_routed_experts", "moe_intermediate_size"),
+    "glm5_next": ("n_routed_experts", "moe_intermediate_size"),
     "deepseek_v32": ("n_routed_experts", "moe_intermediate_size"),
 }
 MODEL_TYPES = tuple(SIZES)
@@ -115,7 +116,7 @@ LINEAR_ATTENTION = {
 SHARED_EXPERT = {"n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
 # that the converter gives a part by their names
 GLM_TOKENS = ["[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>"]
-NAMED_TOKENS = dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa"), GLM_TOKENS) | {
+NAMED_TOKENS = dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "glm5_next"), GLM_TOKENS) | {
     "solar_open": ["<|endoftext|>", "<|im_end|>", "<unk>", "<|startoftext|>"]
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -237,6 +238,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "index_n_heads": 2,
         "index_topk": 128,
         "indexer_types": ["full", "shared", "full"],
+    },
+    # the same; linear attention, and MLA without positions to tokens chosen in pools
+    "glm5_next": LATENT_ATTENTION
+    | {
+        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 0,
+        "mla_use_nope": True,
+        "index_head_dim": 128,
+        "index_n_heads": 2,
+        "index_topk": 128,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "indexer_types": ["full"] * 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "first_k_dense_replace": 1,
+        "linear_attn_config": {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0},
     },
     "exaone_moe": {
         "num_hidden_layers": 3,
@@ -382,6 +400,13 @@ VISION: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "num_heads": 2,
         "patch_size": 4,
+    },
+    "glm5_next": {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "projection_intermediate_size": 64,
     },
     "mistral3": {
         "num_hidden_layers": 1,
