@@ -43,6 +43,8 @@ from moe2gguf.source.converter import dequantised
 EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
 # what GLM-5's layers hand on beside hidden states: which tokens each token attends to, all in sequences that are short
 SPARSE_ATTENTION = "prev_topk_indices"
+# what a layer is given of the tokens beside hidden states: another embedding, or themselves, to hash
+TOKENS = ("per_layer_input", "input_ids", "ple_input_ids")
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -67,8 +69,8 @@ class _StandIn(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         _, *names = inspect.signature(self._real[0].forward).parameters
         kwargs |= zip(names, args, strict=False)
-        if kwargs.get("per_layer_input") is not None:
-            raise SourceError("layers that are given an embedding of each token are not supported yet")
+        if given := [name for name in TOKENS if name in names and kwargs.get(name) is not None]:
+            raise SourceError(f"layers that are given the tokens again ({given[0]}) are not supported yet")
         self.call_kwargs, self.seen_BLD = kwargs, hidden_states
         after_BLD = hidden_states if self.replacement_BLD is None else self.replacement_BLD
         if SPARSE_ATTENTION not in names:
@@ -327,8 +329,8 @@ class LayerStream:
                 f"the layers of {self.config.model_type} cannot be run one by one yet ({error}); "
                 "please report the model"
             ) from error
-        n_attended = getattr(self.config.get_text_config(), "index_topk", None)
-        if SPARSE_ATTENTION in self._stand_ins[-1].call_kwargs and shape[1] > n_attended:
+        sparse = SPARSE_ATTENTION in self._stand_ins[-1].call_kwargs
+        if sparse and shape[1] > (n_attended := self.config.get_text_config().index_topk):
             raise SourceError(
                 f"{self.config.model_type} attends to {n_attended} tokens of {shape[1]}; calibrate with "
                 f"--length {n_attended}"

@@ -83,13 +83,16 @@ def main() -> None:
         return evaluate(base, [path], text, max_chunks=arguments.chunks * len(arguments.eval))[0]
 
     print(
-        "type     ggml KLD    perplexity " + "".join(f"  {a:>5}: KLD    rise of ppl   kept" for a in arguments.affinity)
+        "type     ggml KLD              perplexity    "
+        + "".join(f"  {a:>5}: KLD            rise of ppl   kept" for a in arguments.affinity)
     )
     for quant_type in arguments.types:
         plan = uniform_plan(source, stats, quant_type)
         ggml = evaluated(plan, None)
         rise = ggml.perplexity - ggml.base_perplexity
-        line = f"{quant_type.name:8} {ggml.kld_mean:.5f} ± {ggml.kld_error:.5f}   {ggml.base_perplexity:.3f} +{rise:.3f}"
+        line = (
+            f"{quant_type.name:8} {ggml.kld_mean:.5f} ± {ggml.kld_error:.5f}   {ggml.base_perplexity:.3f} +{rise:.3f}"
+        )
         for affinity in arguments.affinity:
             spool = Spool(arguments.work / f"{quant_type.name}-{affinity}")
             encode_experts(

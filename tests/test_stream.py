@@ -16,7 +16,7 @@ from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.stream import LayerStream
 from tests.dequantised import float_checkpoint
-from tests.tiny_configs import MODEL_TYPES, N_VOCAB
+from tests.tiny_configs import COMMON, MODEL_TYPES, N_VOCAB
 from tests.tiny_moe import load_whole
 
 # below 256, so that these take no time
@@ -220,10 +220,25 @@ def test_an_unknown_way_of_quantising_is_refused(tiny: Callable[..., Path], tmp_
         LayerStream(folder)
 
 
-def test_an_embedding_for_each_layer_is_refused(tiny: Callable[..., Path]) -> None:
-    """Layers would be replayed with those of other tokens."""
+def test_layers_that_are_given_the_tokens_again_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """They would be replayed with those of other sequences."""
     stream = LayerStream(tiny("gemma4", **SMALL, hidden_size_per_layer_input=16, vocab_size_per_layer_input=N_VOCAB))
-    with pytest.raises(SourceError, match="given an embedding of each token"):
+    with pytest.raises(SourceError, match=r"given the tokens again \(per_layer_input\)"):
+        stream.embed(TOKENS_BL)
+    # hashes of the last tokens, looked up in a table
+    hashed = {"ple_layer_ids": [1], "ngram_size": 2, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
+    config = AutoConfig.for_model(
+        "qwen4_exp_text", **COMMON, **hashed, layer_types=["linear_attention"] * 2, hidden_size=64,
+        moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
+        head_dim=32, hc_lowrank=16, split_ngram_parts=1, linear_num_value_heads=16, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    model.save_pretrained(tmp_path / "hashed")
+    stream = LayerStream(tmp_path / "hashed")
+    with pytest.raises(SourceError, match=r"given the tokens again \(ple_input_ids\)"):
         stream.embed(TOKENS_BL)
 
 
