@@ -27,8 +27,8 @@ from tests.tiny_configs import MODEL_TYPES
 
 # dimensions no K-quant block divides, experts narrower than the model, three experts a token
 ODD = {"hidden": 192, "intermediate": 96, "top_k": 3}
-# what mixes its streams stays F32, which in narrow layers is much
-BITS = dict.fromkeys(MODEL_TYPES, MIDDLE_BITS) | {"glm5_next": 5.0}
+# what mixes streams, or chooses what to attend to, stays F32, which in narrow layers is much
+BITS = dict.fromkeys(MODEL_TYPES, MIDDLE_BITS) | {"glm5_next": 5.0, "minimax_m3_vl": 5.0}
 CASES = [
     *(pytest.param(model_type, {}, bits, id=model_type) for model_type, bits in BITS.items()),
     pytest.param("gpt_oss", {"stored": "mxfp4"}, MIDDLE_BITS, id="gpt_oss-mxfp4"),

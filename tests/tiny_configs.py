@@ -8,6 +8,21 @@ N_VOCAB = 320
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "minimax_m3_vl": {
+        "text_config": {
+            "moe_layer_freq": [0, 1, 1],
+            "n_shared_experts": 1,
+            "scoring_func": "sigmoid",
+            "sparse_attention_config": {
+                "sparse_attention_freq": [0, 1, 1],
+                "sparse_num_index_heads": 2,
+                "sparse_index_dim": 64,
+                "sparse_topk_blocks": 16,
+                "sparse_block_size": 128,
+                "sparse_local_block": 1,
+            },
+        }
+    },
     "mimo_v2_flash": {
         "rope_parameters": None,
         "rope_theta": 5e6,
@@ -86,6 +101,7 @@ SIZES = {
     "jamba": ("num_experts", "intermediate_size"),
     "mimo_v2_flash": ("n_routed_experts", "moe_intermediate_size"),
     "hy_v4": ("n_routed_experts", "moe_intermediate_size"),
+    "minimax_m3_vl": ("num_local_experts", "intermediate_size"),
     "glm5_next": ("n_routed_experts", "moe_intermediate_size"),
     "deepseek_v32": ("n_routed_experts", "moe_intermediate_size"),
 }
@@ -256,6 +272,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "linear_attn_config": {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0},
     },
+    # attention to blocks of tokens that a few small heads choose
+    "minimax_m3_vl": {
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+        "rotary_dim": 32,
+        "rope_parameters": ROPE | {"partial_rotary_factor": 0.5},
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "dense_intermediate_size": 512,
+        "shared_intermediate_size": 256,
+        "index_n_heads": 2,
+        "index_head_dim": 64,
+    },
     "exaone_moe": {
         "num_hidden_layers": 3,
         "head_dim": 32,
@@ -400,6 +429,14 @@ VISION: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "num_heads": 2,
         "patch_size": 4,
+    },
+    "minimax_m3_vl": {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "image_size": 16,
     },
     "glm5_next": {
         "depth": 1,

@@ -155,6 +155,8 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1 or name.endswith("_bias"):
                 is_factor = name.endswith("scale") or ("norm" in name and name.endswith("weight"))
+                # 1 is added: queries and keys twice as large would attend to one token each
+                is_factor &= model.config.model_type != "minimax_m3_vl"
                 # Gemma 4 divides by it, so that its routers would not tell experts apart
                 by_root = math.sqrt(len(noise)) if name.endswith("router.scale") else 1.0
                 parameter.copy_(by_root * (0.1 * noise + is_factor))
@@ -284,4 +286,6 @@ def _save_byte_fallback_tokenizer(folder: Path, model_type: str) -> None:
 
 
 def _edit_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=1))
+    config = json.loads(file.read_text())
+    parts = {key: config[key] | value for key, value in changes.items() if isinstance(config.get(key), dict)}
+    file.write_text(json.dumps(config | changes | parts, indent=1))

@@ -28,8 +28,8 @@ from moe2gguf.source.checkpoint import read_json
 from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
 
 CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
-# whose converters want config.json as it is published: transformers divides rotary parameters among kinds of layers
-CONFIGURED_AS_PUBLISHED = ("MimoV2Model",)
+# whose converters want config.json as it is published: transformers gives some of it other names, or none
+CONFIGURED_AS_PUBLISHED = ("MimoV2Model", "MiniMaxM3Model")
 # whose converters insist on add_bos_token, which transformers does not tell of a tokenizer.json; gguf reads it there
 WITHOUT_BOS_CHECK = ("DeepseekV32Model",)
 
@@ -95,7 +95,7 @@ def dequantised(folder: Path, read: Mapping[str, Callable[[], torch.Tensor]]) ->
     # what this one method needs: the class itself would look for tensors under names of its own
     model = object.__new__(_model_class(conversion, folder))
     model.hparams, model.model_tensors = hparams, dict(read)
-    model.lazy = model._is_nvfp4 = model._fp8_as_q8 = False
+    model.lazy = model._is_nvfp4 = model._is_mxfp4 = model._fp8_as_q8 = False
     try:
         model.dequant_model()
     except Exception as error:
