@@ -9,6 +9,7 @@ Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per to
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -137,6 +138,7 @@ class ExpertBlock:
 def find_experts(layer: nn.Module) -> ExpertBlock | None:
     """The routed experts inside a decoder layer, None for a dense layer."""
     for name, module in layer.named_modules():
+        _declare(module)
         if hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
             if getattr(module, "has_post_expert_norm", False):
                 raise SourceError(f"experts that end in a norm ({type(module).__name__}) are not supported yet")
@@ -149,3 +151,13 @@ def find_experts(layer: nn.Module) -> ExpertBlock | None:
                     return ExpertBlock(module, child, getattr(scale, "per_expert_scale", None))
             raise SourceError(f"no router with {n_experts} rows beside {name} ({type(parent).__name__})")
     return None
+
+
+def _declare(module: Any) -> None:
+    """The layout as most have it, where the module is called as others are but does not say it, as Step 3.7's."""
+    fused = getattr(module, "gate_up_proj", None)
+    if isinstance(fused, nn.Parameter) and "top_k_index" in inspect.signature(module.forward).parameters:
+        plain = {"is_concatenated": True, "is_transposed": False, "has_gate": True, "has_bias": False}
+        for name, value in plain.items():
+            if not hasattr(module, name):
+                setattr(module, name, value)

@@ -8,6 +8,17 @@ N_VOCAB = 320
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "step3p7": {
+        "text_config": {
+            "rope_parameters": None,
+            "rope_theta": [5e6, 1e4, 5e6],
+            "partial_rotary_factors": [0.5, 1.0, 0.5],
+            "num_attention_groups": 2,
+            "attention_other_setting": {"num_attention_heads": 8, "num_attention_groups": 2},
+            "moe_layers_enum": "1,2",
+            "norm_expert_weight": True,
+        }
+    },
     "minimax_m3_vl": {
         "text_config": {
             "moe_layer_freq": [0, 1, 1],
@@ -101,6 +112,7 @@ SIZES = {
     "jamba": ("num_experts", "intermediate_size"),
     "mimo_v2_flash": ("n_routed_experts", "moe_intermediate_size"),
     "hy_v4": ("n_routed_experts", "moe_intermediate_size"),
+    "step3p7": ("n_routed_experts", "moe_intermediate_size"),
     "minimax_m3_vl": ("num_local_experts", "intermediate_size"),
     "glm5_next": ("n_routed_experts", "moe_intermediate_size"),
     "deepseek_v32": ("n_routed_experts", "moe_intermediate_size"),
@@ -258,7 +270,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     # the same; linear attention, and MLA without positions to tokens chosen in pools
     "glm5_next": LATENT_ATTENTION
     | {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "intermediate_size": 512,
         "qk_nope_head_dim": 64,
         "qk_rope_head_dim": 0,
@@ -266,11 +278,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "index_head_dim": 128,
         "index_n_heads": 2,
         "index_topk": 128,
-        "layer_types": ["linear_attention", "indexed_attention"] * 2,
-        "indexer_types": ["full"] * 4,
-        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "indexer_types": ["full"] * 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
         "first_k_dense_replace": 1,
         "linear_attn_config": {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0},
+    },
+    # more heads where there is a window, a gate for each head
+    "step3p7": {
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+        "share_expert_dim": 256,
+        "intermediate_size": 512,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_sliding_attention_heads": 8,
+        "rope_theta": [5e6, 1e4, 5e6],
+        "partial_rotary_factors": [0.5, 1.0, 0.5],
+        "moe_router_scaling_factor": 3.0,
     },
     # attention to blocks of tokens that a few small heads choose
     "minimax_m3_vl": {
@@ -430,6 +456,7 @@ VISION: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "patch_size": 4,
     },
+    "step3p7": {"width": 64, "layers": 1, "heads": 2, "patch_size": 4, "image_size": 16},
     "minimax_m3_vl": {
         "num_hidden_layers": 1,
         "hidden_size": 64,

@@ -114,6 +114,8 @@ def make_tiny(
         _transpose_experts(folder)
     if model_type in AS_PUBLISHED:
         _edit_json(folder / "config.json", **AS_PUBLISHED[model_type])
+    if model_type == "step3p7":
+        _edit_json(folder / "config.json", text_config={"moe_num_experts": n_experts, "moe_top_k": top_k})
     return folder
 
 
@@ -156,7 +158,7 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
             if parameter.dim() == 1 or name.endswith("_bias"):
                 is_factor = name.endswith("scale") or ("norm" in name and name.endswith("weight"))
                 # 1 is added: queries and keys twice as large would attend to one token each
-                is_factor &= model.config.model_type != "minimax_m3_vl"
+                is_factor &= model.config.model_type not in ("minimax_m3_vl", "step3p7")
                 # Gemma 4 divides by it, so that its routers would not tell experts apart
                 by_root = math.sqrt(len(noise)) if name.endswith("router.scale") else 1.0
                 parameter.copy_(by_root * (0.1 * noise + is_factor))

@@ -29,7 +29,7 @@ from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
 
 CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
 # whose converters want config.json as it is published: transformers gives some of it other names, or none
-CONFIGURED_AS_PUBLISHED = ("MimoV2Model", "MiniMaxM3Model")
+CONFIGURED_AS_PUBLISHED = ("MimoV2Model", "MiniMaxM3Model", "Step35Model")
 # whose converters insist on add_bos_token, which transformers does not tell of a tokenizer.json; gguf reads it there
 WITHOUT_BOS_CHECK = ("DeepseekV32Model",)
 
