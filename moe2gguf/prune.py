@@ -44,7 +44,9 @@ _N_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 # what has a row for every expert: fused experts, what scores them, what is added for the choice
-_FUSED = re.compile(r"\.(experts|gate|router|input_linear|output_linear)\.(?!\d)|\.(expert|e_score_correction)_bias$")
+_FUSED = re.compile(
+    r"\.(experts|gate|router|input_linear|output_linear|moe)\.(?!\d)|\.(expert|e_score_correction)_bias$"
+)
 
 
 def n_kept(source: Source, share: float) -> int:

@@ -250,9 +250,10 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def tunable(index: int, layer: nn.Module, block: ExpertBlock | None) -> dict[str, nn.Parameter]:
-    """The layer's router and RMS norms."""
+    """The layer's router and RMS norms, but for those of what chooses tokens to attend to: choices have no gradient."""
     return {
         f"layers.{index}.{path}": module.weight
         for path, module in layer.named_modules()
-        if is_rms_norm(module) or (block is not None and getattr(module, "weight", None) is block.router_ED)
+        if (is_rms_norm(module) and "indexer" not in path)
+        or (block is not None and getattr(module, "weight", None) is block.router_ED)
     }

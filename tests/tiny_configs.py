@@ -307,7 +307,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
         "dense_intermediate_size": 512,
-        "shared_intermediate_size": 256,
         "index_n_heads": 2,
         "index_head_dim": 64,
     },

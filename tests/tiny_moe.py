@@ -89,6 +89,8 @@ def make_tiny(
     }
     if model_type == "ernie4_5_moe":  # the converter divides this by the heads of k for the shared expert's width
         sizes["intermediate_size"] = COMMON["num_key_value_heads"] * intermediate
+    if model_type == "minimax_m3_vl":  # llama.cpp takes one width for all experts
+        sizes["shared_intermediate_size"] = intermediate
     if model_type == "phimoe":
         sizes["rope_parameters"] = _long_rope(hidden // COMMON["num_attention_heads"])
     of_text = COMMON | SPECIAL[model_type] | sizes | options
@@ -289,5 +291,5 @@ def _save_byte_fallback_tokenizer(folder: Path, model_type: str) -> None:
 
 def _edit_json(file: Path, **changes: Any) -> None:
     config = json.loads(file.read_text())
-    parts = {key: config[key] | value for key, value in changes.items() if isinstance(config.get(key), dict)}
+    parts = {key: config.get(key, {}) | value for key, value in changes.items() if isinstance(value, dict)}
     file.write_text(json.dumps(config | changes | parts, indent=1))

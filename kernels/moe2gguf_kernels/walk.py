@@ -160,7 +160,9 @@ def _nearest_level(
     # a zero scale decodes to zero whatever the code
     quotient_R = tl.where(scale_R != 0, tl.div_rn(left_R, tl.where(scale_R != 0, scale_R, 1.0)), 0.0)
     if CONSECUTIVE:
-        clamped_R = tl.minimum(tl.maximum(quotient_R, LOW), HIGH)
+        # not tl.maximum: what it makes of NaN depends on Triton's version
+        clamped_R = tl.where(quotient_R > LOW, quotient_R, LOW)
+        clamped_R = tl.where(clamped_R < HIGH, clamped_R, HIGH)
         # from 2^23 to 2^24 f32 holds only integers: adding 1.5 * 2^23 rounds, half to even
         level_R = (clamped_R + 12582912.0) - 12582912.0
         return (level_R - LOW).to(tl.int32), level_R
