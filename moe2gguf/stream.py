@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -45,6 +46,8 @@ EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
 SPARSE_ATTENTION = "prev_topk_indices"
 # what a layer is given of the tokens beside hidden states: another embedding, or themselves, to hash
 TOKENS = ("per_layer_input", "input_ids", "ple_input_ids")
+# matrices of experts, as checkpoints name them: one by one, or Step 3.7's
+_OF_EXPERTS = re.compile(r"\.experts\.|\.moe\.\w+_proj\.")
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -392,7 +395,7 @@ def _check(prefix: str, module: nn.Module) -> None:
 
 def _experts_dtype(state: dict[str, Any]) -> torch.dtype:
     """What fuses them: it takes twice their memory, so 16 bits if all are stored in the same."""
-    experts = [tensor for name, tensor in state.items() if ".experts." in name]
+    experts = [tensor for name, tensor in state.items() if _OF_EXPERTS.search(name)]
     found = {t.dtype if isinstance(t, torch.Tensor) else _STORED.get(t.get_dtype(), torch.float32) for t in experts}
     return found.pop() if len(found) == 1 else torch.float32
 
