@@ -27,7 +27,8 @@ from moe2gguf.experts import find_experts
 from moe2gguf.gguf_file import check_space
 from moe2gguf.source import Source, expert_axis
 from moe2gguf.source.checkpoint import WEIGHTS_INDEX, read_json
-from moe2gguf.stream import LayerStream, Shards
+from moe2gguf.source.stored import Shards
+from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 
 Progress = Callable[[str, int, int], None]  # what, done, total

@@ -11,20 +11,15 @@ Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 
 import copy
 import ctypes
-import dataclasses
 import inspect
-import json
-import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -38,7 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe2gguf.errors import SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.source.checkpoint import read_json
-from moe2gguf.source.converter import dequantised
+from moe2gguf.source.stored import Stored, experts_dtype
 
 # as transformers names them: of a module of experts, no module of their own
 EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
@@ -46,9 +41,6 @@ EXPERT_MATRICES = (".gate_up_proj", ".up_proj", ".down_proj")
 SPARSE_ATTENTION = "prev_topk_indices"
 # what a layer is given of the tokens beside hidden states: another embedding, or themselves, to hash
 TOKENS = ("per_layer_input", "input_ids", "ple_input_ids")
-# matrices of experts, as checkpoints name them: one by one, or Step 3.7's
-_OF_EXPERTS = re.compile(r"\.experts\.|\.moe\.\w+_proj\.")
-_STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class _StandIn(nn.Module):
@@ -80,54 +72,6 @@ class _StandIn(nn.Module):
             return after_BLD
         n_sequences, n_tokens = hidden_states.shape[:2]
         return after_BLD, torch.arange(n_tokens).expand(n_sequences, n_tokens, n_tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """Where each checkpoint tensor lives."""
-
-    file_of: dict[str, Path]
-
-    @classmethod
-    def of(cls, folder: Path) -> "Shards":
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            return cls({name: folder / file for name, file in sorted(weight_map.items())})
-        file_of = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as shard:
-                file_of.update(dict.fromkeys(shard.keys(), file))
-        if not file_of:
-            raise SourceError(f"{folder} holds no *.safetensors; calibration needs safetensors weights")
-        return cls(file_of)
-
-    @contextmanager
-    def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
-        """The named tensors, read from disk only when used."""
-        with ExitStack() as stack:
-            shards = {
-                file: stack.enter_context(safe_open(file, framework="pt"))
-                for file in sorted({self.file_of[name] for name in names})
-            }
-            yield {name: shards[self.file_of[name]].get_slice(name) for name in names}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self.file_of[name], framework="pt") as shard:
-            return shard.get_tensor(name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoded:
-    """In place of a slice: a tensor of a quantised checkpoint, read and decoded when it is asked for."""
-
-    read: Callable[[], torch.Tensor]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.read()[index]
-
-    def get_dtype(self) -> str:
-        return "BF16"  # which holds four bits and a scale's as well as training did
 
 
 def model_config(folder: Path) -> transformers.PreTrainedConfig:
@@ -173,14 +117,7 @@ class LayerStream:
 
     def __init__(self, folder: Path):
         config = model_config(folder)
-        self._shards = Shards.of(folder)
-        # the stream decodes what is quantised itself, below
-        method = _take_quant_method(config)
-        self._mxfp4 = method == "mxfp4"
-        self._decoded: dict[str, Callable[[], torch.Tensor]] = {}
-        if method is not None and not self._mxfp4:
-            readers = {name: partial(self._shards.tensor, name) for name in self._shards.file_of}
-            self._decoded = dequantised(folder, readers)
+        self._stored = Stored(folder, _take_quant_method(config))
         with init_empty_weights(include_buffers=False):
             try:
                 model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
@@ -255,7 +192,7 @@ class LayerStream:
         of_experts: set[str] = set()
         of_ends: list[str] = []
         others: list[str] = []
-        for name in sorted(self._decoded or self._shards.file_of):
+        for name in self._stored.names:
             target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, meta)[0]
             if target.startswith(self._layers_prefix):
                 # layers beyond the last are multi-token prediction heads, which the forward pass does not use
@@ -268,13 +205,11 @@ class LayerStream:
         return by_layer, of_experts, of_ends, others
 
     def _load(self, names: list[str]) -> None:
-        decoded = {name: _Decoded(self._decoded[name]) for name in names} if self._decoded else {}
-        with self._shards.slices([] if decoded else names) as slices:
-            state = _decode_mxfp4(slices) if self._mxfp4 else decoded or slices
+        with self._stored.state(names) as state:
             # the mapping collects tensors while it works, so each load gets a fresh copy
             load_config = LoadStateDictConfig(
                 dtype=torch.float32,
-                dtype_plan={r"\.experts\.": _experts_dtype(state)},
+                dtype_plan={r"\.experts\.": experts_dtype(state)},
                 weight_mapping=cast(Any, copy.deepcopy(self._mapping)),
             )
             transformers.utils.logging.disable_progress_bar()
@@ -391,24 +326,3 @@ def _check(prefix: str, module: nn.Module) -> None:
         # one reduction, no array of flags: a sum is finite only if all of it is
         if not torch.isfinite(parameter.sum()):
             raise SourceError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is damaged")
-
-
-def _experts_dtype(state: dict[str, Any]) -> torch.dtype:
-    """What fuses them: it takes twice their memory, so 16 bits if all are stored in the same."""
-    experts = [tensor for name, tensor in state.items() if _OF_EXPERTS.search(name)]
-    found = {t.dtype if isinstance(t, torch.Tensor) else _STORED.get(t.get_dtype(), torch.float32) for t in experts}
-    return found.pop() if len(found) == 1 else torch.float32
-
-
-def _decode_mxfp4(slices: dict[str, Any]) -> dict[str, Any]:
-    """gpt-oss stores experts as MXFP4 blocks and scales: hand transformers the bf16 matrices they stand for."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    state = {}
-    for name, lazy in slices.items():
-        if name.endswith("_blocks"):
-            scales = slices[name.removesuffix("_blocks") + "_scales"][:]
-            state[name.removesuffix("_blocks")] = convert_moe_packed_tensors(lazy[:], scales)
-        elif not name.endswith("_scales"):
-            state[name] = lazy
-    return state
