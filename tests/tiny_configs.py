@@ -129,6 +129,14 @@ LATENT_ATTENTION = {
     "v_head_dim": 32,
     "num_key_value_heads": 4,
 }
+# and only to tokens that a few small heads choose
+CHOSEN_ATTENTION = LATENT_ATTENTION | {
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "index_head_dim": 128,
+    "index_n_heads": 2,
+    "index_topk": 128,
+}
 # the first layer is dense: three, so that two have experts
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 512, "num_hidden_layers": 3}
 # but for every nth layer; a shared expert with a gate of its own; norms of 1 + weight
@@ -231,53 +239,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": LATENT_ATTENTION | DENSE_FIRST | SHARED_EXPERT | {"scoring_func": "sigmoid"},
     # attention to the tokens that a few small heads choose, or that those of another layer chose
-    "glm_moe_dsa": LATENT_ATTENTION
+    "glm_moe_dsa": CHOSEN_ATTENTION
     | DENSE_FIRST
     | SHARED_EXPERT
     | {
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "index_head_dim": 128,
-        "index_n_heads": 2,
-        "index_topk": 128,
         "indexer_types": ["full", "shared", "full"],
         "scoring_func": "sigmoid",
     },
-    "deepseek_v32": LATENT_ATTENTION
+    "deepseek_v32": CHOSEN_ATTENTION
     | DENSE_FIRST
     | {
         "n_group": 2,
         "topk_group": 1,
         "scoring_func": "sigmoid",
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "index_head_dim": 128,
-        "index_n_heads": 2,
-        "index_topk": 128,
     },
     # four streams of hidden states, which layers read and write in shares of their own (hyper-connections)
-    "hy_v4": LATENT_ATTENTION
+    "hy_v4": CHOSEN_ATTENTION
     | {
         "num_hidden_layers": 3,
         "intermediate_size": 512,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "index_head_dim": 128,
-        "index_n_heads": 2,
-        "index_topk": 128,
         "indexer_types": ["full", "shared", "full"],
     },
     # the same; linear attention, and MLA without positions to tokens chosen in pools
-    "glm5_next": LATENT_ATTENTION
+    "glm5_next": CHOSEN_ATTENTION
     | {
         "num_hidden_layers": 3,
         "intermediate_size": 512,
-        "qk_nope_head_dim": 64,
         "qk_rope_head_dim": 0,
         "mla_use_nope": True,
-        "index_head_dim": 128,
-        "index_n_heads": 2,
-        "index_topk": 128,
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
         "indexer_types": ["full"] * 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
