@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba.core.compiler import Compiler
+from numba.extending import intrinsic
 
 
 class _Unaliased(Compiler):
@@ -39,3 +41,23 @@ def _compiled(function: Callable, pipeline: type[Compiler]) -> Callable:
         return dispatcher(cache=True)
     except RuntimeError:  # neither the package's folder nor the user's can be written: some seconds each time
         return dispatcher(cache=False)
+
+
+def _reinterpreted(signature: Any, llvm_type: ir.Type) -> tuple[Any, Callable]:
+    def code(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return builder.bitcast(arguments[0], llvm_type)
+
+    return signature, code
+
+
+def _as_int(_typing: Any, _x: Any) -> Any:
+    return _reinterpreted(numba.int32(numba.float32), ir.IntType(32))
+
+
+def _as_float(_typing: Any, _bits: Any) -> Any:
+    return _reinterpreted(numba.float32(numba.int32), ir.FloatType())
+
+
+# the bits of an f32 as an i32, and back
+as_int: Callable[[Any], Any] = intrinsic(_as_int)
+as_float: Callable[[Any], Any] = intrinsic(_as_float)

@@ -4,21 +4,23 @@ As in moe2gguf_kernels.walk, but a tile's rows are the lanes of vector instructi
 over memory that is contiguous in them. One thread; callers share the rows out.
 
 Shapes: see moe2gguf_kernels.walk; X single levels, Y pairs of them, Z = X + Y; A first and B second halves of codes,
-I pairs of those.
+M least of second halves, O = B + M; I of those that go with the first halves.
 """
 
 import functools
+from collections import Counter
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from moe2gguf_kernels.compiled import compiled, unaliased
+from moe2gguf_kernels.compiled import as_float, as_int, compiled, unaliased
 from moe2gguf_kernels.layout import SIGN_WEIGHTS, Layout
 
 # enough to outweigh what a loop takes to start; a sub-block of them still fits the second cache
 ROWS = 64
-# distances compared in one pass over the rows
+# partners compared in one pass over the rows
 UNROLLED = 4
 
 
@@ -61,8 +63,9 @@ class Parts(NamedTuple):
     pair_Y2: np.ndarray  # the numbers of two levels each; none where pairs are halves
     first_A2: np.ndarray  # of two pairs, counted after the levels, or of two levels: first halves
     second_B2: np.ndarray  # second halves
+    less_M2: np.ndarray  # the less of two second halves, or of what is in turn the least of some, counted after them
     start_A1: np.ndarray  # where each first half's partners start among all
-    partner_I: np.ndarray  # numbers of second halves, the last repeated up to a multiple of UNROLLED
+    partner_I: np.ndarray  # numbers of those, the last repeated up to a multiple of UNROLLED
     code_AB: np.ndarray  # i32, 0 where no code has these halves
 
 
@@ -98,8 +101,7 @@ class Tile(NamedTuple):
 
 class Scratch(NamedTuple):
     part_ZR: np.ndarray  # f32, distances
-    first_AR: np.ndarray  # f32
-    second_BR: np.ndarray  # f32
+    second_OR: np.ndarray  # f32
     partner_AR: np.ndarray  # f32
     least_R: np.ndarray  # f32
     product_R: np.ndarray  # f32
@@ -115,7 +117,7 @@ def search_of(layout: Layout) -> Search:
         has_signs, parts = layout.signs is not None, _parts(codebook_GW)
         return Search(step, has_signs, layout.has_even_signs, False, floats, ints, floats, codebook_GW, parts)
     numbers, pairs = np.empty(0, np.uint64), np.empty((0, 2), np.uint64)
-    parts = Parts(numbers, floats, pairs, pairs, pairs, numbers, numbers, ints.reshape(0, 0))
+    parts = Parts(numbers, floats, pairs, pairs, pairs, pairs, numbers, numbers, ints.reshape(0, 0))
     tables = levels.level_G.numpy(), levels.code_G.numpy(), levels.boundary_G.numpy()
     return Search(1, False, False, levels.are_consecutive, *tables, codebook_GW, parts)
 
@@ -151,17 +153,42 @@ def _parts(codebook_GW: np.ndarray) -> Parts:
         a, b = firsts[tuple(levels[:half])], seconds[tuple(levels[half:])]
         code_AB[a, b] = code
         partners[a].append(b)
-    padded = [own + own[-1:] * (-len(own) % UNROLLED) for own in partners]
+    less, members = _in_common(partners, len(seconds))
+    padded = [own + own[-1:] * (-len(own) % UNROLLED) for own in members]
     return Parts(
         np.array([w for w, _ in singles], np.uint64),
         np.array([level for _, (level,) in singles], np.float32),
         np.array(pairs, np.uint64).reshape(-1, 2),
         np.array(sums(0, half), np.uint64),
         np.array(sums(half, half), np.uint64),
+        np.array(less, np.uint64).reshape(-1, 2),
         np.cumsum([0, *map(len, padded)], dtype=np.uint64),
         np.concatenate(padded).astype(np.uint64),
         code_AB,
     )
+
+
+def _in_common(sets: list[list[int]], n_members: int) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """Pairs of numbers, each of which makes one more, and what is left of the sets when these stand for both.
+
+    Only the least of a set is wanted, and the sets overlap much, as those of a lattice's points do.
+    """
+    left = [set(members) for members in sets]
+    common = Counter(pair for members in left for pair in combinations(sorted(members), 2))
+    pairs: list[tuple[int, int]] = []
+    while common:
+        pair = min(common, key=lambda pair: (-common[pair], pair))
+        if common[pair] == 1:
+            break
+        both = n_members + len(pairs)
+        pairs.append(pair)
+        for members in left:
+            if members.issuperset(pair):
+                common.subtract(combinations(sorted(members), 2))
+                members.difference_update(pair)
+                members.add(both)
+                common.update(combinations(sorted(members), 2))
+    return pairs, [sorted(members) for members in left]
 
 
 @compiled
@@ -197,8 +224,7 @@ def tile_for(search, n_sub, n_tries):
     parts, width = search.parts, search.codebook_GW.shape[1]
     scratch = Scratch(
         np.empty((len(parts.weight_X) + len(parts.pair_Y2), ROWS), np.float32),
-        np.empty((len(parts.first_A2), ROWS), np.float32),
-        np.empty((len(parts.second_B2), ROWS), np.float32),
+        np.empty((len(parts.second_B2) + len(parts.less_M2), ROWS), np.float32),
         np.empty((len(parts.first_A2), ROWS), np.float32),
         np.empty(ROWS, np.float32),
         np.empty(ROWS, np.float32),
@@ -424,21 +450,17 @@ def _search(parts, start, left_TR, sign_TR, cost_T, scale_R, scratch, code_R):
     In the lowest bits of a half's distance stands which half it is, so that the least is all there is to keep.
     Distances count to one part in 2^15, without what all codes have in common.
     """
-    part_ZR, first_AR, second_BR = scratch.part_ZR, scratch.first_AR, scratch.second_BR
+    part_ZR, second_OR, partner_AR = scratch.part_ZR, scratch.second_OR, scratch.partner_AR
+    n_first, n_second = len(parts.first_A2), len(parts.second_B2)
+    first_bits, second_bits = _bits(n_first), _bits(n_second)
     _distances(parts.weight_X, parts.level_X, start, left_TR, sign_TR, cost_T, scale_R, part_ZR)
     _sums(parts.pair_Y2, len(parts.weight_X), part_ZR, part_ZR)
-    _sums(parts.first_A2, 0, part_ZR, first_AR)
-    _sums(parts.second_B2, 0, part_ZR, second_BR)
-    first_bits, second_bits = _bits(len(first_AR)), _bits(len(second_BR))
-    _number(second_bits, second_BR.view(np.int32))
-    _least_partners(parts.start_A1, parts.partner_I, second_BR, first_AR, scratch.partner_AR)
-    _number(first_bits, first_AR.view(np.int32))
-    _least(first_AR, scratch.least_R)
-    least_R, partner_AR = scratch.least_R.view(np.int32), scratch.partner_AR.view(np.int32)
-    for r in range(ROWS):
-        first = min(least_R[r] & first_bits, len(first_AR) - 1)
-        second = min(partner_AR[first, r] & second_bits, len(second_BR) - 1)
-        code_R[r] = parts.code_AB[first, second]
+    _numbered_sums(parts.second_B2, second_bits, part_ZR, second_OR)
+    _less(parts.less_M2, n_second, second_OR)
+    _least_partners(parts.start_A1, parts.partner_I, second_OR, partner_AR)
+    _least_sum(parts.first_A2, part_ZR, partner_AR, first_bits, scratch.least_R)
+    least_R = scratch.least_R.view(np.int32)
+    _codes(least_R, partner_AR.view(np.int32), first_bits, second_bits, parts.code_AB, code_R)
 
 
 @compiled
@@ -469,31 +491,55 @@ def _sums(sum_Y2, start, of_ZR, into_YR):
 
 
 @unaliased
-def _number(mask, distance_YR):
-    for y in range(len(distance_YR)):
+def _numbered_sums(sum_Y2, mask, of_ZR, into_YR):
+    for y in range(len(sum_Y2)):
+        a, b = sum_Y2[y, 0], sum_Y2[y, 1]
         for r in range(ROWS):
-            distance_YR[y, r] = (distance_YR[y, r] & ~mask) | np.int32(y)
+            into_YR[y, r] = as_float((as_int(of_ZR[a, r] + of_ZR[b, r]) & ~mask) | np.int32(y))
 
 
 @unaliased
-def _least_partners(start_A1, partner_I, second_BR, first_AR, partner_AR):
-    """The least second half for each first one, and added to it."""
-    for a in range(len(first_AR)):
+def _less(less_M2, n_second, second_OR):
+    for m in range(len(less_M2)):
+        a, b = less_M2[m, 0], less_M2[m, 1]
         for r in range(ROWS):
-            partner_AR[a, r] = np.inf
-        for i in range(start_A1[a], start_A1[a + 1], UNROLLED):
+            second_OR[n_second + m, r] = min(second_OR[a, r], second_OR[b, r])
+
+
+@unaliased
+def _least_partners(start_A1, partner_I, second_OR, partner_AR):
+    """The least second half for each first one."""
+    for a in range(len(partner_AR)):
+        i = start_A1[a]
+        b0, b1, b2, b3 = partner_I[i], partner_I[i + 1], partner_I[i + 2], partner_I[i + 3]
+        for r in range(ROWS):
+            one, other = min(second_OR[b0, r], second_OR[b1, r]), min(second_OR[b2, r], second_OR[b3, r])
+            partner_AR[a, r] = min(one, other)
+        for i in range(start_A1[a] + UNROLLED, start_A1[a + 1], UNROLLED):
             b0, b1, b2, b3 = partner_I[i], partner_I[i + 1], partner_I[i + 2], partner_I[i + 3]
             for r in range(ROWS):
-                one, other = min(second_BR[b0, r], second_BR[b1, r]), min(second_BR[b2, r], second_BR[b3, r])
+                one, other = min(second_OR[b0, r], second_OR[b1, r]), min(second_OR[b2, r], second_OR[b3, r])
                 partner_AR[a, r] = min(partner_AR[a, r], min(one, other))
-        for r in range(ROWS):
-            first_AR[a, r] += partner_AR[a, r]
 
 
 @unaliased
-def _least(distance_YR, least_R):
+def _least_sum(first_A2, part_ZR, partner_AR, mask, least_R):
+    """Of a first half and its partner, numbered by the first."""
     for r in range(ROWS):
-        least_R[r] = distance_YR[0, r]
-    for y in range(1, len(distance_YR)):
+        least_R[r] = np.inf
+    for a in range(len(first_A2)):
+        b, c = first_A2[a, 0], first_A2[a, 1]
         for r in range(ROWS):
-            least_R[r] = min(least_R[r], distance_YR[y, r])
+            sum_ = part_ZR[b, r] + part_ZR[c, r] + partner_AR[a, r]
+            least_R[r] = min(least_R[r], as_float((as_int(sum_) & ~mask) | np.int32(a)))
+
+
+@unaliased
+def _codes(least_R, partner_AR, first_bits, second_bits, code_AB, code_R):
+    n_first, n_second = code_AB.shape
+    for r in range(ROWS):
+        first = np.uint32(least_R[r] & first_bits)
+        first = first if first < n_first else np.uint32(0)
+        second = np.uint32(partner_AR[first, r] & second_bits)
+        second = second if second < n_second else np.uint32(0)
+        code_R[r] = code_AB[first, second]
