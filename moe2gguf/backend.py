@@ -118,7 +118,9 @@ def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch
     return plain_walk.walk(codec, target_TEN, tries, factor_ETT)
 
 
-def first_pass(codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor) -> tuple[Block, torch.Tensor]:
+def first_pass(
+    codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor
+) -> tuple[Block, torch.Tensor, torch.Tensor]:
     """moe2gguf.passes.first_pass, on the device of its arguments."""
     # what has one sub-block is tried at scales that no other depends on
     if not weight_SEN.is_cpu or not scales.has_block_scale(codec):
@@ -136,11 +138,11 @@ def first_pass(codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor)
     (multiple,) = scales.block_multiples(codec)
     scale_PEN, low_PEN = passes_cpu.fits(weight_SEN, cost_SE, how, unit, multiple, of_type)
     d_EN, dmin_EN = scales.block_scales(codec, scale_PEN, low_PEN if codec.has_minimum else None)
-    code_CEN, negative_SEN, sub_PEN, minimum_PEN, error_SEN = passes_cpu.first_pass(
+    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN = passes_cpu.first_pass(
         weight_SEN, factor_ESS, passes.diagonal_blocks(factor_ESS, codec.sub_weights), d_EN.float(),
         None if dmin_EN is None else dmin_EN.float(), how, unit, scales.first_multiples(codec), of_type,
     )  # fmt: skip
-    return Block(code_CEN, negative_SEN, d_EN, sub_PEN, dmin_EN, minimum_PEN), error_SEN
+    return Block(code_CEN, negative_SEN, d_EN, sub_PEN, dmin_EN, minimum_PEN), found_SEN, error_SEN
 
 
 def sweep(
@@ -156,13 +158,21 @@ def sweep(
         return passes.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS, factor_EPTT, walk)
     from moe2gguf_kernels import passes_cpu
 
-    tries = passes.sweep_tries(codec, block)
-    code_CEN, negative_SEN, found_SEN, slope_SEN, tried_PEN = passes_cpu.sweep(
-        block.code_CEN, block.negative_SEN, tries.scale_JEN, tries.offset_JEN, factor_EPTT, hessian_ESS, found_SEN,
-        slope_SEN, layout(codec.quant_type, found_SEN.device),
+    of_type = layout(codec.quant_type, found_SEN.device)
+    if not scales.has_block_scale(codec):
+        tries = passes.sweep_tries(codec, block)
+        code_CEN, negative_SEN, found_SEN, slope_SEN, tried_EN = passes_cpu.sweep_one(
+            block.code_CEN, block.negative_SEN, tries.scale_JEN[:, 0], factor_EPTT, hessian_ESS, found_SEN, slope_SEN,
+            of_type,
+        )  # fmt: skip
+        block = dataclasses.replace(block, code_CEN=code_CEN, negative_SEN=negative_SEN)
+        return passes.with_scales(codec, block, tries, tried_EN[None]), found_SEN, slope_SEN
+    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, slope_SEN = passes_cpu.sweep(
+        block.code_CEN, block.negative_SEN, block.sub_PEN, block.minimum_PEN, block.d_EN.float(),
+        None if block.dmin_EN is None else block.dmin_EN.float(), factor_EPTT, hessian_ESS, found_SEN, slope_SEN,
+        of_type,
     )  # fmt: skip
-    block = dataclasses.replace(block, code_CEN=code_CEN, negative_SEN=negative_SEN)
-    return passes.with_scales(codec, block, tries, tried_PEN), found_SEN, slope_SEN
+    return Block(code_CEN, negative_SEN, block.d_EN, sub_PEN, block.dmin_EN, minimum_PEN), found_SEN, slope_SEN
 
 
 def moments(

@@ -318,15 +318,22 @@ class _LayerWork:
     def _gate_up_feedbacks(self, inputs: Inputs) -> dict[tuple[str, int], torch.Tensor]:
         if self._output_DD is None:
             return {}
-        found = {}
-        for expert, tokens in inputs.of.items():
+        output_DD = self._output_DD
+
+        @torch.inference_mode()  # by thread
+        def of_expert(expert: int) -> dict[tuple[str, int], torch.Tensor]:
+            tokens = inputs.of[expert]
             n = len(tokens.token_n)
             kept_n = torch.linspace(0, n - 1, min(n, MAX_SLOPE_TOKENS)).round().long()
             x_nD, weight_n = inputs.exact_TK[tokens.token_n[kept_n]], tokens.weight_n[kept_n]
-            moments = gate_up_moments(self._block, expert, x_nD, weight_n, self._output_DD)
-            for matrix, moments_II in zip(self._block.first, moments, strict=True):
-                found[matrix, expert] = feedback.row_feedback(moments_II[None])[0]
-        return found
+            moments = gate_up_moments(self._block, expert, x_nD, weight_n, output_DD)
+            return {
+                (matrix, expert): feedback.row_feedback(moments_II[None])[0]
+                for matrix, moments_II in zip(self._block.first, moments, strict=True)
+            }
+
+        with feedback.single_threaded():
+            return {key: found for own in self._pool.map(of_expert, inputs.of) for key, found in own.items()}
 
     def _matrices(
         self,
@@ -397,34 +404,47 @@ class _LayerWork:
         dampings: Mapping[tuple[str, int], float],
         row_feedbacks: Mapping[tuple[str, int], torch.Tensor],
     ) -> dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]]:
-        """All matrices of one type, shape and damping go in one batch, and all batches side by side."""
-        batches: dict[tuple[QuantType, torch.Size, float], list[tuple[str, int]]] = {}
-        for key, weight in weights.items():
-            batches.setdefault((types[key], weight.shape, dampings[key]), []).append(key)
+        """An expert's matrices of one type and damping go together, those of all experts in one batch, and all batches
+        side by side."""
+        together: dict[tuple[QuantType, float, int], list[tuple[str, int]]] = {}
+        for key in weights:
+            together.setdefault((types[key], dampings[key], key[1]), []).append(key)
+        batches: dict[tuple[QuantType, float, int], list[list[tuple[str, int]]]] = {}
+        for (quant_type, damping, _), keys in together.items():
+            batches.setdefault((quant_type, damping, len(keys)), []).append(keys)
         curvatures: dict[float, tuple[list[int], Curvature]] = {}
         for damping in sorted({dampings[key] for key in weights}):
             wanted = sorted({key[1] for key in weights if dampings[key] == damping})
             places = feedback.neighbours([experts.index(e) for e in wanted])
-            curvatures[damping] = wanted, feedback.curvature(moments.hessian_EKK[places], damping)
+            curvatures[damping] = wanted, feedback.curvature(moments.hessian_EKK[places], damping, self._pool)
 
-        def encode(batch: tuple[QuantType, torch.Size, float]) -> torch.Tensor:
-            keys, (wanted, curvature) = batches[batch], curvatures[batch[2]]
-            curvature = curvature.of([wanted.index(key[1]) for key in keys])
-            weight_ENK = torch.stack([weights[key] for key in keys]).to(self._device)
-            for (_, e), weight_NK, factor_KK in zip(keys, weight_ENK, curvature.factor_EKK, strict=True):
-                place = experts.index(e)
-                fit(weight_NK, moments.hessian_EKK[place], moments.cross_EKK[place], factor_KK)
+        def encode(batch: tuple[QuantType, float, int]) -> torch.Tensor:
+            quant_type, damping, _ = batch
+            wanted, curvature = curvatures[damping]
+            curvature = curvature.of(wanted.index(keys[0][1]) for keys in batches[batch])
+            weight_EMNK = torch.stack([torch.stack([weights[key] for key in keys]) for keys in batches[batch]])
+            weight_EMNK = weight_EMNK.to(self._device)
+
+            def fit_in_place(i: int) -> None:
+                place = experts.index(batches[batch][i][0][1])
+                root_KK = curvature.root_EKK[curvature.places[i]]
+                fit(weight_EMNK[i].flatten(0, 1), moments.hessian_EKK[place], moments.cross_EKK[place], root_KK)
+
+            list(self._pool.map(fit_in_place, range(len(weight_EMNK))))
             if not row_feedbacks:
-                return feedback.quantize(weight_ENK, batch[0], curvature, self._pool, rows_per_job=SAMPLE_LANES)
-            feedback_ENN = torch.stack([row_feedbacks[key] for key in keys])
-            return feedback.quantize_by_rows(weight_ENK, batch[0], curvature, feedback_ENN, self._pool)
+                weight_ENK = weight_EMNK.flatten(1, 2)
+                blocks_ENB = feedback.quantize(weight_ENK, quant_type, curvature, self._pool, rows_per_job=SAMPLE_LANES)
+                return blocks_ENB.view(*weight_EMNK.shape[:3], -1)
+            feedbacks = [torch.stack([row_feedbacks[key] for key in keys]) for keys in batches[batch]]
+            return feedback.quantize_by_rows(weight_EMNK, quant_type, curvature, torch.stack(feedbacks), self._pool)
 
         found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
         with feedback.side_by_side(len(batches), self._pool) as threads:
-            for batch, blocks_ENB in zip(batches, threads.map(encode, batches), strict=True):
-                for key, blocks_NB in zip(batches[batch], blocks_ENB.cpu().numpy(), strict=True):
-                    decoded = ggml.decode(blocks_NB, batch[0], weights[key].shape[1])
-                    found[key] = blocks_NB, torch.from_numpy(decoded)
+            for batch, blocks_EMNB in zip(batches, threads.map(encode, batches), strict=True):
+                for keys, blocks_MNB in zip(batches[batch], blocks_EMNB.cpu().numpy(), strict=True):
+                    for key, blocks_NB in zip(keys, blocks_MNB, strict=True):
+                        decoded = ggml.decode(blocks_NB, batch[0], weights[key].shape[1])
+                        found[key] = blocks_NB, torch.from_numpy(decoded)
         return found
 
 
@@ -440,17 +460,20 @@ def gate_up_moments(
     return tuple(through_II * (slope_nI.T @ (share_n1 * slope_nI)) for slope_nI in slopes)
 
 
-def fit(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, cross_KK: torch.Tensor, factor_KK: torch.Tensor) -> None:
+@torch.inference_mode()
+def fit(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, cross_KK: torch.Tensor, root_KK: torch.Tensor) -> None:
     """In place, to rows V that minimise E‖W x - V x̂‖² + ridge ‖W - V‖²: V = W + W (E[x x̂ᵀ] - E[x̂ x̂ᵀ]) (E[x̂ x̂ᵀ] +
-    ridge)⁻¹."""
+    ridge)⁻¹, of which the root is given."""
     # rows first: they are seldom more than columns, and few where dampings are compared
     miss_NK = weight_NK @ (cross_KK - hessian_KK)
-    owns = [slice(start, start + PANEL) for start in range(0, len(factor_KK), PANEL)]
-    # half of the factor is zeros
+    owns = [slice(start, start + PANEL) for start in range(0, len(root_KK), PANEL)]
+    for own in reversed(owns):
+        miss_NK[:, own] -= miss_NK[:, own.stop :] @ root_KK[own, own.stop :].T
+        miss_NK[:, own] = torch.linalg.solve_triangular(root_KK[own, own].T, miss_NK[:, own], upper=False, left=False)
     for own in owns:
-        miss_NK[:, own] = miss_NK[:, own.start :] @ factor_KK[own, own.start :].T
-    for own in owns:
-        weight_NK[:, own] += miss_NK[:, : own.stop] @ factor_KK[: own.stop, own]
+        miss_NK[:, own] -= miss_NK[:, : own.start] @ root_KK[: own.start, own]
+        miss_NK[:, own] = torch.linalg.solve_triangular(root_KK[own, own], miss_NK[:, own], upper=True, left=False)
+    weight_NK += miss_NK
 
 
 def describe(outcomes: Iterable[Outcome]) -> str:

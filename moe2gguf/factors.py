@@ -1,29 +1,33 @@
-"""Triangular factors of inverse Hessians: what an error costs, and what the columns after it can make up for.
+"""Triangular roots of Hessians: what an error costs, and what the columns after it can make up for.
 
 Shapes: E experts, K columns.
 """
 
 import torch
 
-# columns that are factored, and substituted, at a time
+# columns that are taken together where they meet all others
 PANEL = 256
 
 
 def inverse_factor(hessian_EKK: torch.Tensor) -> torch.Tensor:
-    """U upper triangular with UᵀU = H⁻¹, f32 (E, K, K): R⁻¹ of the root."""
-    factor_EKK = root(hessian_EKK)
-    _into_inverse(factor_EKK)
-    return factor_EKK
+    """U upper triangular with UᵀU = H⁻¹, f32 (E, K, K), of few columns: R⁻¹ of the root."""
+    return inverse(root(hessian_EKK))
 
 
-def root(hessian_EKK: torch.Tensor) -> torch.Tensor:
+def inverse(upper_XKK: torch.Tensor) -> torch.Tensor:
+    one_KK = torch.eye(upper_XKK.shape[-1], device=upper_XKK.device)
+    return torch.linalg.solve_triangular(upper_XKK, one_KK, upper=True)
+
+
+def root(hessian_EKK: torch.Tensor, into_EKK: torch.Tensor | None = None) -> torch.Tensor:
     """R upper triangular with R Rᵀ = H, f32 (E, K, K); in f64 where rounding to f32 leaves H indefinite."""
-    root_EKK = hessian_EKK.clone()
+    root_EKK = torch.empty_like(hessian_EKK) if into_EKK is None else into_EKK
     try:
-        _into_root(root_EKK)
+        _into_root(root_EKK.copy_(hessian_EKK))
     except torch.linalg.LinAlgError:
-        _into_root(root_EKK := hessian_EKK.double())
-    return root_EKK.triu_().float()
+        _into_root(double_EKK := hessian_EKK.double())
+        root_EKK.copy_(double_EKK)
+    return root_EKK.triu_()
 
 
 def _into_root(hessian_EKK: torch.Tensor) -> None:
@@ -39,17 +43,3 @@ def _into_root(hessian_EKK: torch.Tensor) -> None:
         if start:
             above_EKP = left_EKP[:, :start]
             above_EKP.copy_(torch.linalg.solve_triangular(corner_EPP.mT, above_EKP, upper=False, left=False))
-
-
-def _into_inverse(upper_EKK: torch.Tensor) -> None:
-    """By halves, whose products take less time than substitution."""
-    n_columns = upper_EKK.shape[-1]
-    if n_columns <= PANEL:
-        one_KK = torch.eye(n_columns, device=upper_EKK.device)
-        upper_EKK.copy_(torch.linalg.solve_triangular(upper_EKK, one_KK, upper=True))
-        return
-    first, second = slice(n_columns // 2), slice(n_columns // 2, n_columns)
-    for own in (first, second):
-        _into_inverse(upper_EKK[:, own, own])
-    beside_EKK = upper_EKK[:, first, first] @ upper_EKK[:, first, second]
-    upper_EKK[:, first, second] = -(beside_EKK @ upper_EKK[:, second, second])

@@ -1,9 +1,10 @@
 """Quantisation with error feedback onto any GGUF type (block-LDLQ): every code makes up for the errors before it.
 
 The columns are walked in groups as wide as a code. What a group's error does to the output, the columns after it can
-partly undo; by how much is in the Cholesky factor of the inverse Hessian (GPTQ, arXiv:2210.17323, with groups for
-columns as in QuIP#'s LDLQ, arXiv:2402.04396). Where the walk reaches a sub-block it tries several scales, as the file
-would hold them, on the weights as they are by then, and goes on with the one whose codes leave the least error.
+partly undo; by how much is in the Hessian's root, a Cholesky factor (LDLQ, arXiv:2307.13304, with groups for columns as
+in QuIP#, arXiv:2402.04396), and inside a block in the root's inverse, as in GPTQ (arXiv:2210.17323). Where the walk
+reaches a sub-block it tries several scales, as the file would hold them, on the weights as they are by then, and goes
+on with the one whose codes leave the least error.
 
 Then sweeps: each sub-block is walked again, towards what makes up best for the errors of all others as they have
 become, with the scale that it has and those next to it; what does not lower the output error is not taken. (Coordinate
@@ -15,12 +16,12 @@ the model minds them together.
 
 Columns lead in memory, so that a step over one column of all rows is contiguous.
 
-Shapes: E experts, N rows, K columns, B blocks of a row and, where they are packed, its bytes, S weights of a block,
-P sub-blocks of it, T weights of a sub-block, C codes of a block.
+Shapes: E experts, M matrices of one that are given the same, N rows, K columns, B blocks of a row and, where they are
+packed, its bytes, S weights of a block, P sub-blocks of it, T weights of a sub-block, C codes of a block.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ import torch
 
 from moe2gguf import backend, ggml, passes
 from moe2gguf.codec import CODECS, Codec
-from moe2gguf.factors import inverse_factor, root
+from moe2gguf.factors import PANEL, inverse, root
 from moe2gguf.ggml import QuantType
 from moe2gguf.passes import Block
 from moe2gguf.scales import HALF_MAX
-from moe2gguf.walk import feed_back, product
+from moe2gguf.walk import product
 
 # of the compiled passes
 TILE_ROWS = 64
@@ -51,14 +52,17 @@ ROW_DAMPING = 0.1
 
 @dataclass(frozen=True)
 class Curvature:
-    """What errors cost: the second moments H of the inputs, damped, and U upper triangular with UᵀU = H⁻¹."""
+    """What errors cost: the second moments H of the inputs, damped, and R upper triangular with R Rᵀ = H.
+
+    Matrices that are given the same inputs share them: places says which are whose.
+    """
 
     hessian_EKK: torch.Tensor
-    factor_EKK: torch.Tensor
+    root_EKK: torch.Tensor
+    places: tuple[int, ...]
 
-    def of(self, experts: slice | list[int]) -> "Curvature":
-        own = experts if isinstance(experts, slice) else neighbours(experts)
-        return Curvature(self.hessian_EKK[own], self.factor_EKK[own])
+    def of(self, matrices: Iterable[int]) -> "Curvature":
+        return dataclasses.replace(self, places=tuple(self.places[i] for i in matrices))
 
 
 def neighbours(places: list[int]) -> slice | list[int]:
@@ -67,15 +71,26 @@ def neighbours(places: list[int]) -> slice | list[int]:
     return slice(places[0], stop) if places == [*range(places[0], stop)] else places
 
 
-def curvature(hessian_EKK: torch.Tensor, damping: float) -> Curvature:
-    damped_EKK = damped(hessian_EKK, damping)
-    return Curvature(damped_EKK, inverse_factor(damped_EKK))
+def curvature(hessian_EKK: torch.Tensor, damping: float, pool: ThreadPoolExecutor | None = None) -> Curvature:
+    """In a pool, one Hessian a job."""
+    damped_EKK, root_EKK = torch.empty(2, *hessian_EKK.shape, device=hessian_EKK.device)
+
+    @torch.inference_mode()  # by thread
+    def factor(own: slice) -> None:
+        root(damped(hessian_EKK[own], damping, damped_EKK[own]), root_EKK[own])
+
+    if pool is None or not hessian_EKK.is_cpu:
+        factor(slice(None))
+    else:
+        with single_threaded():
+            list(pool.map(factor, _at_a_time(len(hessian_EKK), 1)))
+    return Curvature(damped_EKK, root_EKK, tuple(range(len(hessian_EKK))))
 
 
-def damped(hessian_EKK: torch.Tensor, damping: float) -> torch.Tensor:
+def damped(hessian_EKK: torch.Tensor, damping: float, into_EKK: torch.Tensor | None = None) -> torch.Tensor:
     """H + damping * mean(diag H) * I, f32 (E, K, K)."""
-    damped_EKK = hessian_EKK.to(torch.float32, copy=True)
-    diagonal_EK = damped_EKK.diagonal(dim1=-2, dim2=-1)
+    damped_EKK = torch.empty(hessian_EKK.shape, device=hessian_EKK.device) if into_EKK is None else into_EKK
+    diagonal_EK = damped_EKK.copy_(hessian_EKK).diagonal(dim1=-2, dim2=-1)
     mean_E = diagonal_EK.mean(-1)
     # an expert that nothing was seen of has no Hessian: all columns count alike
     diagonal_EK += torch.where(mean_E > 0, damping * mean_E, 1.0)[:, None]
@@ -83,31 +98,37 @@ def damped(hessian_EKK: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _BlockCosts:
-    """Of a curvature, what errors in each block of a type cost: B blocks of so many columns."""
+class _Costs:
+    """Of a curvature, and in each block of a type: B blocks of so many columns."""
 
-    root_EBSS: torch.Tensor  # U⁻¹ of the block
-    ahead_EBSS: torch.Tensor  # where the columns after the block make up for errors, in the place of H: U⁻¹ U⁻ᵀ
-    ahead_EBPTT: torch.Tensor  # `passes.sub_factors` of that
-    factor_EBPTT: torch.Tensor  # and of H
+    hessian_EKK: torch.Tensor
+    root_EKK: torch.Tensor
+    own_EBSS: torch.Tensor  # H of the block
+    root_EBSS: torch.Tensor  # R
+    factor_EBSS: torch.Tensor  # U = R⁻¹
+    ahead_EBSS: torch.Tensor  # where the columns after the block make up for errors, in the place of H: R Rᵀ
+    own_EBPTT: torch.Tensor  # `passes.sub_factors` of H
+    ahead_EBPTT: torch.Tensor  # and of what is in its place
 
     @staticmethod
-    def of_type(codec: Codec, curvature: Curvature) -> "_BlockCosts":
-        own_EBSS = passes.diagonal_blocks(curvature.factor_EKK, codec.block_weights)
-        one_SS = torch.eye(codec.block_weights, device=own_EBSS.device)
-        root_EBSS = torch.linalg.solve_triangular(own_EBSS, one_SS, upper=True)
+    def of_type(codec: Codec, hessian_EKK: torch.Tensor, root_EKK: torch.Tensor) -> "_Costs":
+        own_EBSS = passes.diagonal_blocks(hessian_EKK, codec.block_weights)
+        root_EBSS = passes.diagonal_blocks(root_EKK, codec.block_weights)
         ahead_EBSS = root_EBSS @ root_EBSS.mT
-        shape = (*own_EBSS.shape[:2], codec.n_subs, codec.sub_weights, codec.sub_weights)
-        return _BlockCosts(
-            root_EBSS,
-            ahead_EBSS,
-            passes.sub_factors(codec, ahead_EBSS.flatten(0, 1)).view(shape),
-            passes.sub_factors(codec, curvature.hessian_EKK).view(shape),
+        own_EBPTT, ahead_EBPTT = (
+            passes.sub_factors(codec, x_EBSS.flatten(0, 1)).unflatten(0, x_EBSS.shape[:2])
+            for x_EBSS in (own_EBSS, ahead_EBSS)
         )
+        factor_EBSS = inverse(root_EBSS)
+        return _Costs(hessian_EKK, root_EKK, own_EBSS, root_EBSS, factor_EBSS, ahead_EBSS, own_EBPTT, ahead_EBPTT)
 
-    def of(self, experts: slice) -> "_BlockCosts":
-        return _BlockCosts(
-            self.root_EBSS[experts], self.ahead_EBSS[experts], self.ahead_EBPTT[experts], self.factor_EBPTT[experts]
+    @staticmethod
+    def joined(parts: list["_Costs"]) -> "_Costs":
+        """A single one is not copied: it may be large."""
+        return (
+            parts[0]
+            if len(parts) == 1
+            else _Costs(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
         )
 
 
@@ -126,26 +147,43 @@ def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_by_rows(
-    weight_ENK: torch.Tensor,
+    weight_EMNK: torch.Tensor,
     quant_type: QuantType,
     curvature: Curvature,
-    row_feedback_ENN: torch.Tensor,
+    row_feedback_EMNN: torch.Tensor,
     pool: ThreadPoolExecutor,
 ) -> torch.Tensor:
     """As `quantize`, and a block of rows makes up for the errors of the rows before it, by `row_feedback`: towards the
     least tr(G Δ H Δᵀ), what an error Δ costs the model where outputs' gradients and inputs are independent. (Feedback
-    to both sides: YAQA, arXiv:2505.22988.)"""
-    codec, (_, n_rows, _) = CODECS[quant_type], weight_ENK.shape
-    costs = _BlockCosts.of_type(codec, curvature)
-    error_ENK = torch.empty_like(weight_ENK)
+    to both sides: YAQA, arXiv:2505.22988.) uint8 (E, M, N, B), on the weights' device."""
+    codec = CODECS[quant_type]
+    if not weight_EMNK.is_cpu:
+        return _by_rows(codec, weight_EMNK, _on_device(codec, curvature), row_feedback_EMNN)
+    n_experts, n_matrices, n_rows, _ = weight_EMNK.shape
+    with single_threaded():
+        costs = _in_pool(codec, curvature, pool)
+        jobs = [
+            pool.submit(_by_rows, codec, weight_EMNK[own], _Costs.joined(costs[own]), row_feedback_EMNN[own])
+            for own in _at_a_time(n_experts, max(1, ROW_BLOCK_LANES // (n_matrices * _row_block(n_rows))))
+        ]
+        return torch.cat([job.result() for job in jobs])
+
+
+def _by_rows(codec: Codec, weight_EMNK: torch.Tensor, costs: _Costs, row_feedback_EMNN: torch.Tensor) -> torch.Tensor:
+    _, n_matrices, n_rows, _ = weight_EMNK.shape
+    error_EMNK = torch.empty_like(weight_EMNK)
     parts = []
-    for start in range(0, n_rows, step := _row_block(n_rows)):
-        own = slice(start, start + step)
-        made_up_ERK = row_feedback_ENN[:, :start, own].mT @ error_ENK[:, :start]
-        blocks_ERB = _in_jobs(codec, weight_ENK[:, own] + made_up_ERK, curvature, costs, pool, ROW_BLOCK_LANES)
-        error_ENK[:, own] = weight_ENK[:, own] - _decoded(blocks_ERB, quant_type)
-        parts.append(blocks_ERB)
-    return torch.cat(parts, 1)
+    for own in _at_a_time(n_rows, _row_block(n_rows)):
+        own_EMRK, before = weight_EMNK[:, :, own], slice(own.start)
+        made_up_EMRK = row_feedback_EMNN[:, :, before, own].mT @ error_EMNK[:, :, before]
+        blocks_ERB = _quantize(codec, (own_EMRK + made_up_EMRK).flatten(1, 2), costs)
+        error_EMNK[:, :, own] = own_EMRK - _decoded(blocks_ERB, codec.quant_type).view_as(own_EMRK)
+        parts.append(blocks_ERB.unflatten(1, (n_matrices, -1)))
+    return torch.cat(parts, 2)
+
+
+def _at_a_time(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _row_block(n_rows: int) -> int:
@@ -175,30 +213,35 @@ def quantize(
 ) -> torch.Tensor:
     """The experts' rows in QUANT_TYPE with error feedback: uint8 (E, N, B), on the weights' device."""
     codec = CODECS[quant_type]
-    costs = _BlockCosts.of_type(codec, curvature)
-    return _in_jobs(codec, weight_ENK, curvature, costs, pool, rows_per_job)
-
-
-def _in_jobs(
-    codec: Codec,
-    weight_ENK: torch.Tensor,
-    curvature: Curvature,
-    costs: _BlockCosts,
-    pool: ThreadPoolExecutor,
-    rows_per_job: int,
-) -> torch.Tensor:
     if not weight_ENK.is_cpu:
-        return _quantize(codec, weight_ENK, curvature, costs)
-    n_experts, n_rows, _ = weight_ENK.shape
-    n_step, e_step = min(n_rows, rows_per_job), max(1, rows_per_job // n_rows)
+        return _quantize(codec, weight_ENK, _on_device(codec, curvature))
+    n_matrices, n_rows, _ = weight_ENK.shape
 
-    def job(e: int, n: int) -> Future[torch.Tensor]:
-        own = slice(e, e + e_step)
-        return pool.submit(_quantize, codec, weight_ENK[own, n : n + n_step], curvature.of(own), costs.of(own))
+    def job(matrices: slice, rows: slice) -> Future[torch.Tensor]:
+        return pool.submit(_quantize, codec, weight_ENK[matrices, rows], _Costs.joined(costs[matrices]))
 
     with single_threaded():
-        jobs = [[job(e, n) for n in range(0, n_rows, n_step)] for e in range(0, n_experts, e_step)]
+        costs = _in_pool(codec, curvature, pool)
+        jobs = [
+            [job(matrices, rows) for rows in _at_a_time(n_rows, rows_per_job)]
+            for matrices in _at_a_time(n_matrices, max(1, rows_per_job // n_rows))
+        ]
         return torch.cat([torch.cat([job.result() for job in row], 1) for row in jobs])
+
+
+def _in_pool(codec: Codec, curvature: Curvature, pool: ThreadPoolExecutor) -> list[_Costs]:
+    """Of each matrix."""
+    matrices = curvature.hessian_EKK, curvature.root_EKK
+    jobs = {
+        place: pool.submit(_Costs.of_type, codec, *(x_EKK[place : place + 1] for x_EKK in matrices))
+        for place in sorted(set(curvature.places))
+    }
+    return [jobs[place].result() for place in curvature.places]
+
+
+def _on_device(codec: Codec, curvature: Curvature) -> _Costs:
+    places = list(curvature.places)
+    return _Costs.of_type(codec, curvature.hessian_EKK[places], curvature.root_EKK[places])
 
 
 @contextmanager
@@ -223,33 +266,44 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _quantize(codec: Codec, weight_ENK: torch.Tensor, curvature: Curvature, costs: _BlockCosts) -> torch.Tensor:
-    hessian_EKK, factor_EKK, (n_early, n_late) = curvature.hessian_EKK, curvature.factor_EKK, _sweeps(codec)
+def _quantize(codec: Codec, weight_ENK: torch.Tensor, costs: _Costs) -> torch.Tensor:
+    size, (n_early, n_late) = codec.block_weights, _sweeps(codec)
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()
-    found_KEN = weight_KEN.clone()
-    size = codec.block_weights
-    owns = [slice(start, start + size) for start in range(0, len(weight_KEN), size)]
-    blocks = []
-    for i, own in enumerate(owns):
-        left_SEN, factor_ESS = found_KEN[own].clone(), factor_EKK[:, own, own]
-        block, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
-        found_SEN = left_SEN - product(factor_ESS.mT, error_SEN)
-        for _ in range(n_early):
-            root_ESS, ahead_ESS, ahead_EPTT = costs.root_EBSS[:, i], costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
-            slope_SEN = -product(root_ESS, error_SEN)
-            block, found_SEN, _ = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
-            error_SEN = product(root_ESS.mT, left_SEN - found_SEN)
-        found_KEN[own] = found_SEN
-        feed_back(found_KEN[own.stop :], error_SEN, factor_EKK[:, own, own.stop :])
-        blocks.append(block)
-    miss_KEN = found_KEN.sub_(weight_KEN)
-    for _ in range(n_late):
-        for i, own in enumerate(owns):
-            slope_SEN, found_SEN = product(hessian_EKK[:, own], miss_KEN), weight_KEN[own] + miss_KEN[own]
-            own_ESS, own_EPTT = hessian_EKK[:, own, own], costs.factor_EBPTT[:, i]
-            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], found_SEN, slope_SEN, own_ESS, own_EPTT)
-            blocks[i], found_SEN = _refit(codec, block, found_SEN, slope_SEN, own_ESS)
+    miss_KEN = torch.empty_like(weight_KEN)
+    blocks: list[Block] = []
+    for panel in _at_a_time(len(weight_KEN), PANEL):
+        # what errors before these columns do to them
+        pull_SEN = product(costs.root_EKK[:, : panel.start, panel].mT, miss_KEN[: panel.start])
+        for start in range(panel.start, panel.stop, size):
+            i, own, before = start // size, slice(start, start + size), slice(panel.start, start)
+            root_ESS, factor_ESS = costs.root_EBSS[:, i], costs.factor_EBSS[:, i]
+            own_pull_SEN = pull_SEN[start - panel.start :][:size]
+            if start > panel.start:
+                own_pull_SEN = own_pull_SEN + product(costs.root_EKK[:, before, own].mT, miss_KEN[before])
+            left_SEN = weight_KEN[own] - product(factor_ESS.mT, own_pull_SEN)
+            block, found_SEN, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
+            if n_early:
+                slope_SEN = -product(root_ESS, error_SEN)
+            for _ in range(n_early):
+                ahead_ESS, ahead_EPTT = costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
+                block, found_SEN, slope_SEN = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
             miss_KEN[own] = found_SEN - weight_KEN[own]
+            blocks.append(block)
+    for _ in range(n_late):
+        for panel in _at_a_time(len(weight_KEN), PANEL):
+            slope_SEN = product(costs.hessian_EKK[:, panel], miss_KEN)
+            for start in range(panel.start, panel.stop, size):
+                i, own, after = start // size, slice(start, start + size), slice(start + size, panel.stop)
+                own_ESS, old_SEN = costs.own_EBSS[:, i], weight_KEN[own] + miss_KEN[own]
+                own_slope_SEN = slope_SEN[start - panel.start :][:size]
+                block, found_SEN, own_slope_SEN = backend.sweep(
+                    codec, blocks[i], old_SEN, own_slope_SEN, own_ESS, costs.own_EBPTT[:, i]
+                )
+                blocks[i], found_SEN = _refit(codec, block, found_SEN, own_slope_SEN, own_ESS)
+                miss_KEN[own] = found_SEN - weight_KEN[own]
+                if after.start < after.stop:
+                    moved_SEN = found_SEN - old_SEN
+                    slope_SEN[after.start - panel.start :] += product(costs.hessian_EKK[:, after, own], moved_SEN)
     shape = (*weight_ENK.shape[:2], -1)
     return torch.cat([backend.pack(codec, block.fields(codec)).view(shape) for block in blocks], -1)
 

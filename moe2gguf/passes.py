@@ -50,8 +50,8 @@ class Block:
 
 def first_pass(
     codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor, walk: Walk = plain.walk
-) -> tuple[Block, torch.Tensor]:
-    """Scales and codes, one sub-block after the other; -> also the error, (w - ŵ) U⁻¹, f32 (S, E, N)."""
+) -> tuple[Block, torch.Tensor, torch.Tensor]:
+    """Scales and codes, one sub-block after the other; -> also ŵ and the error, (w - ŵ) U⁻¹, f32 (S, E, N)."""
     # what an error costs that the columns after it undo as far as they can
     cost_SE = factor_ESS.diagonal(dim1=-2, dim2=-1).T ** -2
     size, n_subs = codec.sub_weights, codec.n_subs
@@ -62,13 +62,14 @@ def first_pass(
         torch.cat([scale_JEN for scale_JEN, _ in found]),
         torch.cat([minimum_JEN for _, minimum_JEN in found if minimum_JEN is not None]) if codec.has_minimum else None,
     )
-    left_SEN, error_SEN = weight_SEN.clone(), torch.empty_like(weight_SEN)
+    left_SEN, found_SEN, error_SEN = weight_SEN.clone(), torch.empty_like(weight_SEN), torch.empty_like(weight_SEN)
     tried: list[Tries] = []
     walked: list[Walked] = []
     for own in owns:
         tries = first_tries(codec, left_SEN[own], cost_SE[own], d_EN, dmin_EN)
         walked.append(walk(codec, left_SEN[own], tries, factor_ESS[:, own, own]))
         error_SEN[own] = walked[-1].error_TEN
+        found_SEN[own] = left_SEN[own] - product(factor_ESS[:, own, own].mT, error_SEN[own])
         feed_back(left_SEN[own.stop :], error_SEN[own], factor_ESS[:, own, own.stop :])
         tried.append(tries)
     # (J, P, E, N) each
@@ -81,7 +82,7 @@ def first_pass(
     code_CEN = torch.cat([w.code_CEN for w in walked])
     negatives = [w.negative_TEN for w in walked if w.negative_TEN is not None]
     block = Block(code_CEN, torch.cat(negatives) if negatives else None, d_EN, None, dmin_EN, None)
-    return with_scales(codec, block, tries, torch.stack([w.tried_EN for w in walked])), error_SEN
+    return with_scales(codec, block, tries, torch.stack([w.tried_EN for w in walked])), found_SEN, error_SEN
 
 
 def _joined(of_subs: list[torch.Tensor | None]) -> torch.Tensor | None:

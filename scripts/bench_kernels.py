@@ -18,6 +18,7 @@ import torch
 from moe2gguf import backend, feedback
 from moe2gguf.codec import CODECS, Codec
 from moe2gguf.errors import DeviceError
+from moe2gguf.factors import inverse
 from moe2gguf.ggml import QuantType
 from moe2gguf.walk import Tries
 
@@ -66,7 +67,7 @@ def measure(codec: Codec, device: torch.device) -> tuple[float, float, float]:
     n_sub, n_tries = codec.sub_weights, 5
     target_TEN = weight_ENK[..., :n_sub].permute(2, 0, 1).contiguous()
     scale_JEN = torch.full((n_tries, N_EXPERTS, N_ROWS), 0.1, device=device)
-    factor_ETT = costs.factor_EKK[:, :n_sub, :n_sub]
+    factor_ETT = inverse(costs.root_EKK[:, :n_sub, :n_sub])
     walk = seconds(lambda: backend.walk(codec, target_TEN, Tries(scale_JEN), factor_ETT))
     return whole, walk, floor_seconds(codec, target_TEN.numel(), n_tries)
 

@@ -15,6 +15,7 @@ import torch
 
 from moe2gguf import backend, feedback, passes
 from moe2gguf.codec import CODECS
+from moe2gguf.factors import inverse
 from moe2gguf.ggml import QuantType
 from moe2gguf.walk import feed_back, product
 
@@ -49,7 +50,7 @@ def main() -> None:
     def feeding_back() -> None:
         left_KEN = weight_KEN.clone()
         for own in owns:
-            feed_back(left_KEN[own.start :], weight_KEN[own], costs.factor_EKK[:, own, own.start :])
+            feed_back(left_KEN[own.start :], weight_KEN[own], costs.root_EKK[:, own, own.start :])
 
     for name, work in (
         ("factoring", lambda: feedback.curvature(hessian_EKK, DAMPING)),
@@ -61,9 +62,8 @@ def main() -> None:
         codec = CODECS[quant_type]
         own = slice(0, codec.block_weights)
         weight_SEN, hessian_ESS = weight_KEN[own].contiguous(), costs.hessian_EKK[:, own, own].contiguous()
-        factor_ESS = costs.factor_EKK[:, own, own].contiguous()
-        block, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
-        found_SEN = weight_SEN - torch.einsum("sen,est->ten", error_SEN, factor_ESS.triu())
+        factor_ESS = inverse(costs.root_EKK[:, own, own])
+        block, found_SEN, _ = backend.first_pass(codec, weight_SEN, factor_ESS)
         slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
         first_pass = partial(backend.first_pass, codec, weight_SEN, factor_ESS)
         factor_EPTT = passes.sub_factors(codec, hessian_ESS)

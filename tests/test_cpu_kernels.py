@@ -5,7 +5,8 @@ import torch
 
 from moe2gguf import backend, passes
 from moe2gguf.codec import CODECS, Codec
-from moe2gguf.feedback import curvature
+from moe2gguf.factors import inverse_factor
+from moe2gguf.feedback import damped
 from moe2gguf.ggml import QuantType
 from moe2gguf.passes import Block
 from moe2gguf.walk import Tries, product
@@ -61,8 +62,8 @@ def block_of_two_experts(codec: Codec) -> tuple[torch.Tensor, torch.Tensor, torc
     few_SEN = hard_and_random(codec)
     weight_SEN = few_SEN.repeat(1, 1, -(-(ROWS + 3) // few_SEN.shape[2]))
     hessian_ESS = torch.stack([torch.from_numpy(correlated(codec.block_weights, 1.0, seed)) for seed in (0, 1)]).float()
-    costs = curvature(hessian_ESS, DAMPING)
-    return weight_SEN, costs.hessian_EKK, costs.factor_EKK
+    hessian_ESS = damped(hessian_ESS, DAMPING)
+    return weight_SEN, hessian_ESS, inverse_factor(hessian_ESS)
 
 
 def weights_of(codec: Codec, block: Block) -> torch.Tensor:
@@ -76,8 +77,8 @@ def test_first_passes_are_as_the_plain_one(quant_type: QuantType) -> None:
     """Sums in another order can turn near ties, and then what follows differs: rows' errors are alike on average."""
     codec = CODECS[quant_type]
     weight_SEN, _, factor_ESS = block_of_two_experts(codec)
-    expected, expected_error_SEN = passes.first_pass(codec, weight_SEN, factor_ESS)
-    block, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
+    expected, _, expected_error_SEN = passes.first_pass(codec, weight_SEN, factor_ESS)
+    block, found_SEN, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
     for one_EN, other_EN in ((block.d_EN, expected.d_EN), (block.dmin_EN, expected.dmin_EN)):
         assert (one_EN is None) == (other_EN is None)
         # rows of ties have others
@@ -94,6 +95,7 @@ def test_first_passes_are_as_the_plain_one(quant_type: QuantType) -> None:
     missed_SEN = torch.einsum("sen,est->ten", error_SEN, factor_ESS.triu())
     largest_EN = weight_SEN.abs().amax(0) + weights_of(codec, block).abs().amax(0)
     assert ((weights_of(codec, block) + missed_SEN - weight_SEN).abs() <= 1e-3 * largest_EN).all()
+    assert ((weights_of(codec, block) - found_SEN).abs() <= 1e-3 * largest_EN).all()
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
@@ -102,7 +104,7 @@ def test_sweeps_are_as_the_plain_one(quant_type: QuantType) -> None:
     codec = CODECS[quant_type]
     weight_SEN, hessian_ESS, factor_ESS = block_of_two_experts(codec)
     # as if the columns had nothing to do with each other
-    block, _ = passes.first_pass(codec, weight_SEN, torch.diag_embed(factor_ESS.diagonal(dim1=1, dim2=2)))
+    block, _, _ = passes.first_pass(codec, weight_SEN, torch.diag_embed(factor_ESS.diagonal(dim1=1, dim2=2)))
     found_SEN = weights_of(codec, block)
     slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
     results = [

@@ -134,9 +134,9 @@ def test_down_is_fitted_to_what_it_will_be_given(monkeypatch: pytest.MonkeyPatch
     tokens = Tokens(torch.arange(300), weight_n, torch.zeros(300, dtype=torch.bool))
     _, found = Inputs(exact_nK, found_nK, {0: tokens}).moments(torch.device("cpu"))
     hessian_KK = found.hessian_EKK[0]
-    factor_KK = feedback.curvature(found.hessian_EKK, 0.1).factor_EKK[0]
+    root_KK = feedback.curvature(found.hessian_EKK, 0.1).root_EKK[0]
     found_NK = weight_NK.clone()
-    stage.fit(found_NK, hessian_KK, found.cross_EKK[0], factor_KK)
+    stage.fit(found_NK, hessian_KK, found.cross_EKK[0], root_KK)
 
     share_n = (weight_n / weight_n.sum()).double().sqrt()[:, None]
     ridge = (0.1 * hessian_KK.diagonal().mean().double()).sqrt()

@@ -11,7 +11,7 @@ import torch
 
 from moe2gguf import factors, ggml
 from moe2gguf.codec import CODECS, Codec, Fields
-from moe2gguf.feedback import ROW_DAMPING, Curvature, curvature, quantize, quantize_by_rows, row_feedback
+from moe2gguf.feedback import ROW_DAMPING, curvature, quantize, quantize_by_rows, row_feedback
 from moe2gguf.ggml import QuantType
 
 DAMPING = 0.01
@@ -41,12 +41,12 @@ def fed_back(
     quant_type: QuantType,
     hessian_KK: np.ndarray,
     pool: ThreadPoolExecutor,
-    factor_KK: np.ndarray | None = None,
+    root_KK: np.ndarray | None = None,
 ) -> np.ndarray:
     """-> blocks uint8 (N, B)"""
     costs = curvature(torch.from_numpy(hessian_KK).float()[None], DAMPING)
-    if factor_KK is not None:
-        costs = Curvature(costs.hessian_EKK, torch.from_numpy(factor_KK)[None])
+    if root_KK is not None:
+        costs = dataclasses.replace(costs, root_EKK=torch.from_numpy(root_KK).float()[None])
     return quantize(torch.from_numpy(weight_NK)[None], quant_type, costs, pool)[0].numpy()
 
 
@@ -184,13 +184,14 @@ def test_feedback_inside_a_block_is_needed(
     """Without it, as one reference implementation has it at few bits, the error is much larger."""
     monkeypatch.setattr("moe2gguf.feedback._sweeps", lambda _: (0, 0))
     weight_NK, hessian_KK = weights(64, 512), correlated(512, 1.0)
-    factor_KK = curvature(torch.from_numpy(hessian_KK)[None], DAMPING).factor_EKK[0].numpy()
+    root_KK = curvature(torch.from_numpy(hessian_KK)[None], DAMPING).root_EKK[0].double().numpy()
+    factor_KK = np.linalg.inv(root_KK)
     size = CODECS[quant_type].block_weights
     inside = np.arange(512)[:, None] // size == np.arange(512) // size
     cut_KK = np.where(inside & ~np.eye(512, dtype=bool), 0, factor_KK)
     whole, cut = (
-        output_error(fed_back(weight_NK, quant_type, hessian_KK, pool, f), quant_type, weight_NK, hessian_KK)
-        for f in (factor_KK, cut_KK)
+        output_error(fed_back(weight_NK, quant_type, hessian_KK, pool, r), quant_type, weight_NK, hessian_KK)
+        for r in (root_KK, np.linalg.inv(cut_KK))
     )
     assert whole < 0.95 * cut
 
@@ -267,7 +268,7 @@ def test_experts_are_quantised_each_with_its_own_hessian(pool: ThreadPoolExecuto
     together = quantize(weight_ENK, QuantType.IQ2_S, costs, pool)
     for e in range(3):
         one = slice(e, e + 1)
-        alone = quantize(weight_ENK[one], QuantType.IQ2_S, costs.of(one), pool)
+        alone = quantize(weight_ENK[one], QuantType.IQ2_S, costs.of([e]), pool)
         assert (together[e] == alone[0]).float().mean() > 0.98  # batched products sum in another order
 
 
@@ -280,7 +281,7 @@ def test_rows_make_up_for_each_other(quant_type: QuantType, pool: ThreadPoolExec
     costs = curvature(torch.from_numpy(hessian_KK).float()[None], DAMPING)
     feedback_ENN = row_feedback(torch.from_numpy(moments_NN).float()[None])
     weight_ENK = torch.from_numpy(weight_NK)[None]
-    found_NB = quantize_by_rows(weight_ENK, quant_type, costs, feedback_ENN, pool)[0].numpy()
+    found_NB = quantize_by_rows(weight_ENK[None], quant_type, costs, feedback_ENN[None], pool)[0, 0].numpy()
 
     damped_NN = moments_NN + ROW_DAMPING * moments_NN.diagonal().mean() * np.eye(40)
     target_NK, blocks = weight_NK.copy(), []
@@ -303,7 +304,7 @@ def test_rows_make_up_for_each_other(quant_type: QuantType, pool: ThreadPoolExec
     assert cost(found_NB) < 0.8 * cost(plain_NB)
     # without anything in common there is nothing to make up for
     alone = row_feedback(torch.eye(40)[None])
-    alone_NB = quantize_by_rows(weight_ENK, quant_type, costs, alone, pool)[0].numpy()
+    alone_NB = quantize_by_rows(weight_ENK[None], quant_type, costs, alone[None], pool)[0, 0].numpy()
     assert (alone_NB == plain_NB).mean() > 0.98  # batched products sum in another order
 
 

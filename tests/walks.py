@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from moe2gguf import scales
+from moe2gguf import factors, scales
 from moe2gguf import walk as plain
 from moe2gguf.codec import Codec
-from moe2gguf.feedback import curvature
+from moe2gguf.feedback import damped
 from moe2gguf.walk import Tries, Walked
 from tests.test_codec import hard_rows
 from tests.test_feedback import correlated
@@ -19,7 +19,7 @@ Walk = Callable[[Codec, torch.Tensor, Tries, torch.Tensor], Walked]
 def factor(n_columns: int, n_experts: int) -> torch.Tensor:
     """As feedback passes it: a part of a larger matrix, f32 (E, T, T)."""
     hessian_EKK = torch.stack([torch.from_numpy(correlated(2 * n_columns, 1.0, seed)) for seed in range(n_experts)])
-    return curvature(hessian_EKK.float(), DAMPING).factor_EKK[:, :n_columns, :n_columns]
+    return factors.inverse_factor(damped(hessian_EKK.float(), DAMPING))[:, :n_columns, :n_columns]
 
 
 def first_tries(

@@ -35,8 +35,15 @@ class Scales(NamedTuple):
     sub_scale_Q: np.ndarray  # f32
     sub_offset_Q: np.ndarray  # f32; none without shifts
     order_Q: np.ndarray  # i32, ascending; where there are shifts, the values come once for each of two
+    place_Q: np.ndarray  # i32, in that order
     lowest: np.float32
     step: np.float32
+
+
+NO_SCALES = Scales(
+    np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int32), np.float32(0),
+    np.float32(1),
+)  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -74,9 +81,9 @@ def first_pass(
     unit: float,
     multiples: list[float],
     layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Of a type whose sub-blocks' scales are in units of a block's, d_EN and dmin_EN in f32: codes, signs, scales and
-    minimums of the sub-blocks as the file has them, and the error (w - ŵ) U⁻¹.
+    minimums of the sub-blocks as the file has them, ŵ, and the error (w - ŵ) U⁻¹.
 
     factor_EPTT: the sub-blocks' own parts of factor_ESS. unit: for BY_CODEBOOK, the scale over the weights' rms.
     """
@@ -84,20 +91,21 @@ def first_pass(
     shape = layout.n_subs, n_experts, n_rows
     code_CEN = np.empty((n_weights // layout.codebook_GW.shape[1], n_experts, n_rows), np.int32)
     negative_SEN = np.empty((0 if layout.signs is None else n_weights, n_experts, n_rows), np.bool_)
-    sub_PEN, error_SEN = np.empty(shape, np.int32), np.empty(weight_SEN.shape, np.float32)
+    sub_PEN, (found_SEN, error_SEN) = np.empty(shape, np.int32), np.empty((2, *weight_SEN.shape), np.float32)
     minimum_PEN = np.empty((0 if dmin_EN is None else layout.n_subs, n_experts, n_rows), np.int32)
     low, high = _range(layout)
     units = d_EN[None] if dmin_EN is None else torch.stack([d_EN, dmin_EN])
     _first_pass(
         search_of(layout), _scales(layout), weight_SEN.contiguous().numpy(), factor_ESS.contiguous().numpy(),
         factor_EPTT.contiguous().numpy(), units.contiguous().numpy(), how, np.float32(unit), low, high,
-        np.array(multiples, np.float32), code_CEN, negative_SEN, sub_PEN, minimum_PEN, error_SEN,
+        np.array(multiples, np.float32), code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN,
     )  # fmt: skip
     return (
         torch.from_numpy(code_CEN),
         torch.from_numpy(negative_SEN) if len(negative_SEN) else None,
         torch.from_numpy(sub_PEN),
         torch.from_numpy(minimum_PEN) if len(minimum_PEN) else None,
+        torch.from_numpy(found_SEN),
         torch.from_numpy(error_SEN),
     )
 
@@ -105,32 +113,79 @@ def first_pass(
 def sweep(
     code_CEN: torch.Tensor,
     negative_SEN: torch.Tensor | None,
-    scale_JPEN: torch.Tensor,
-    offset_JPEN: torch.Tensor | None,
+    sub_PEN: torch.Tensor | None,
+    minimum_PEN: torch.Tensor | None,
+    d_EN: torch.Tensor,
+    dmin_EN: torch.Tensor | None,
+    factor_EPTT: torch.Tensor,
+    hessian_ESS: torch.Tensor,
+    found_SEN: torch.Tensor,
+    slope_SEN: torch.Tensor,
+    layout: Layout,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Of a type whose sub-blocks' scales are in units of a block's, d_EN and dmin_EN in f32: codes, signs, scales and
+    minimums of the sub-blocks, weights and slope as moe2gguf.passes.sweep leaves them."""
+    codes, signs, subs, minimums, found, slope = _copies(
+        code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, slope_SEN
+    )
+    n_experts, n_rows = d_EN.shape
+    units = d_EN[None] if dmin_EN is None else torch.stack([d_EN, dmin_EN])
+    _sweep(
+        search_of(layout), _scales(layout), units.contiguous().numpy(), np.empty((0, n_experts, n_rows), np.float32),
+        factor_EPTT.contiguous().numpy(), hessian_ESS.contiguous().numpy(), codes, signs, subs, minimums, found, slope,
+        np.empty((0, n_experts, n_rows), np.int32),
+    )  # fmt: skip
+    return (
+        torch.from_numpy(codes),
+        None if negative_SEN is None else torch.from_numpy(signs),
+        torch.from_numpy(subs),
+        None if minimum_PEN is None else torch.from_numpy(minimums),
+        torch.from_numpy(found),
+        torch.from_numpy(slope),
+    )
+
+
+def sweep_one(
+    code_CEN: torch.Tensor,
+    negative_SEN: torch.Tensor | None,
+    scale_JEN: torch.Tensor,
     factor_EPTT: torch.Tensor,
     hessian_ESS: torch.Tensor,
     found_SEN: torch.Tensor,
     slope_SEN: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, signs, weights and slope as moe2gguf.passes.sweep leaves them, and which try each sub-block took, the
-    first where it stays, i64 (P, E, N)."""
-    _, n_subs, n_experts, n_rows = scale_JPEN.shape
-    codes, found, slope = (x.contiguous().numpy().copy() for x in (code_CEN, found_SEN, slope_SEN))
-    signs = np.empty((0, n_experts, n_rows), np.bool_) if negative_SEN is None else negative_SEN.numpy().copy()
-    tried_PEN = np.zeros((n_subs, n_experts, n_rows), np.int64)
+    """Of a type with one sub-block a block: codes, signs, weights and slope as moe2gguf.passes.sweep leaves them, and
+    which try each took, the first where it stays, i64 (E, N)."""
+    codes, signs, subs, minimums, found, slope = _copies(code_CEN, negative_SEN, None, None, found_SEN, slope_SEN)
+    tried_1EN = np.zeros((1, *scale_JEN.shape[1:]), np.int32)
     _sweep(
-        search_of(layout), scale_JPEN.contiguous().numpy(),
-        np.empty((0, *tried_PEN.shape), np.float32) if offset_JPEN is None else offset_JPEN.contiguous().numpy(),
-        factor_EPTT.contiguous().numpy(), hessian_ESS.contiguous().numpy(), codes, signs, found, slope, tried_PEN,
+        search_of(layout), NO_SCALES, np.empty((0, *scale_JEN.shape[1:]), np.float32), scale_JEN.contiguous().numpy(),
+        factor_EPTT.contiguous().numpy(), hessian_ESS.contiguous().numpy(), codes, signs, subs, minimums, found, slope,
+        tried_1EN,
     )  # fmt: skip
     return (
         torch.from_numpy(codes),
         None if negative_SEN is None else torch.from_numpy(signs),
         torch.from_numpy(found),
         torch.from_numpy(slope),
-        torch.from_numpy(tried_PEN),
+        torch.from_numpy(tried_1EN[0]).long(),
     )
+
+
+def _copies(
+    code_CEN: torch.Tensor,
+    negative_SEN: torch.Tensor | None,
+    sub_PEN: torch.Tensor | None,
+    minimum_PEN: torch.Tensor | None,
+    found_SEN: torch.Tensor,
+    slope_SEN: torch.Tensor,
+) -> list[np.ndarray]:
+    """To be written to; empty where the type has no such field."""
+    optional = (code_CEN, np.int32), (negative_SEN, np.bool_), (sub_PEN, np.int32), (minimum_PEN, np.int32)
+    none = 0, *found_SEN.shape[1:]
+    copies = [np.empty(none, dtype) if x is None else x.contiguous().numpy().copy() for x, dtype in optional]
+    return [*copies, *(x.contiguous().numpy().copy() for x in (found_SEN, slope_SEN))]
 
 
 def _range(layout: Layout) -> tuple[np.float32, np.float32]:
@@ -147,7 +202,12 @@ def _scales(layout: Layout) -> Scales:
     steps = np.diff(once_Q[order_Q])
     assert (steps == steps[0]).all()
     return Scales(
-        values_Q, none if layout.sub_offset_Q is None else layout.sub_offset_Q.numpy(), order_Q, once_Q.min(), steps[0]
+        values_Q,
+        none if layout.sub_offset_Q is None else layout.sub_offset_Q.numpy(),
+        order_Q,
+        order_Q.argsort().astype(np.int32),
+        once_Q.min(),
+        steps[0],
     )
 
 
@@ -302,7 +362,7 @@ def _multiply(from_R, factor, into_R):
 @compiled
 def _first_pass(
     search, scales, weight_SEN, factor_ESS, factor_EPTT, unit_UEN, how, unit, low, high, multiple_J,
-    code_CEN, negative_SEN, sub_PEN, minimum_PEN, error_SEN,
+    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN,
 ):  # fmt: skip
     n_weights, n_experts, n_rows = weight_SEN.shape
     n_subs, size = len(sub_PEN), n_weights // len(sub_PEN)
@@ -345,6 +405,8 @@ def _first_pass(
                 walk_tile(search, target, scale, offset, factor_TT, tile)
                 take(tile.error_JTR, tile.tried_R, error)
                 _feed_on(error, factor_ESS[e], start, left)
+                _minus_transposed(factor_TT, error, target)
+                store(target, e, first, start, found_SEN)
                 store(error, e, first, start, error_SEN)
                 take(tile.code_JCR, tile.tried_R, code)
                 store(code, e, first, p * n_codes, code_CEN)
@@ -384,36 +446,51 @@ def _feed_on(error_TR, factor_SS, start, left_SR):
             a, b = factor_SS[start + t, u], factor_SS[start + t + 1, u]
             c, d = factor_SS[start + t + 2, u], factor_SS[start + t + 3, u]
             for r in range(ROWS):
-                left_SR[u, r] -= (a * error_TR[t, r] + b * error_TR[t + 1, r]) + (
-                    c * error_TR[t + 2, r] + d * error_TR[t + 3, r]
-                )
+                left = left_SR[u, r] - a * error_TR[t, r] - b * error_TR[t + 1, r]
+                left_SR[u, r] = left - c * error_TR[t + 2, r] - d * error_TR[t + 3, r]
 
 
 @compiled
 def _sweep(
-    search, scale_JPEN, offset_JPEN, factor_EPTT, hessian_ESS, code_CEN, negative_SEN, found_SEN, slope_SEN, tried_PEN
+    search, scales, unit_UEN, scale_JEN, factor_EPTT, hessian_ESS, code_CEN, negative_SEN, sub_PEN, minimum_PEN,
+    found_SEN, slope_SEN, tried_EN,
 ):  # fmt: skip
-    n_tries, n_subs, n_experts, n_rows = scale_JPEN.shape
-    size, n_codes = len(found_SEN) // n_subs, len(code_CEN) // n_subs
+    """The scales tried are SCALE_JEN where there is but one sub-block, else what is next to those there are."""
+    n_subs, (_, n_experts, n_rows) = max(1, len(sub_PEN)), found_SEN.shape
+    size, n_codes, n_once = len(found_SEN) // n_subs, len(code_CEN) // n_subs, len(scales.order_Q)
+    has_shift, has_minimum = len(scales.sub_offset_Q) > 0, len(minimum_PEN) > 0
+    n_tries = 5 if has_minimum else 4 if has_shift else 3 if n_once else len(scale_JEN)
     tile = tile_for(search, size, n_tries)
-    scale, offset = np.zeros((n_tries, ROWS), np.float32), np.zeros((len(offset_JPEN), ROWS), np.float32)
+    scale = np.zeros((n_tries, ROWS), np.float32)
+    offset = np.zeros((n_tries if has_shift or has_minimum else 0, ROWS), np.float32)
+    units = np.zeros((len(unit_UEN), ROWS), np.float32)
+    sub_J1R, low_sub_J1R = np.zeros((n_tries, 1, ROWS), np.int32), np.zeros((n_tries, 1, ROWS), np.int32)
     found, slope = np.zeros((len(found_SEN), ROWS), np.float32), np.zeros((len(found_SEN), ROWS), np.float32)
     code = np.zeros((len(code_CEN), ROWS), np.int32)
     new_code, new = np.empty((n_codes, ROWS), np.int32), np.empty((size, ROWS), np.float32)
     target, moved = np.empty((size, ROWS), np.float32), np.empty((size, ROWS), np.float32)
     gain = np.empty(ROWS, np.float32)
-    better, tried = np.empty(ROWS, np.int32), np.empty((1, ROWS), np.int32)
+    better, tried, number = np.empty(ROWS, np.int32), np.empty(ROWS, np.int32), np.empty((1, ROWS), np.int32)
     for e in range(n_experts):
         for first in range(0, n_rows, ROWS):
             load(found_SEN, e, first, 0, found)
             load(slope_SEN, e, first, 0, slope)
             load(code_CEN, e, first, 0, code)
+            load(unit_UEN, e, first, 0, units)
+            load(scale_JEN, e, first, 0, scale[: len(scale_JEN)])
             for p in range(n_subs):
                 start, stop, factor_TT = p * size, (p + 1) * size, factor_EPTT[e, p]
-                for j in range(n_tries):
-                    load(scale_JPEN[j], e, first, p, scale[j : j + 1])
-                for j in range(len(offset)):
-                    load(offset_JPEN[j], e, first, p, offset[j : j + 1])
+                if n_once:
+                    load(sub_PEN, e, first, p, sub_J1R[0])
+                    if has_minimum:
+                        load(minimum_PEN, e, first, p, low_sub_J1R[0])
+                    _near(scales, has_minimum, sub_J1R, low_sub_J1R)
+                    for j in range(n_tries):
+                        _times(units[0], scales.sub_scale_Q, sub_J1R[j, 0], np.float32(1), scale[j])
+                        if has_shift:
+                            _times(units[0], scales.sub_offset_Q, sub_J1R[j, 0], np.float32(1), offset[j])
+                        if has_minimum:
+                            _times(units[1], scales.sub_scale_Q, low_sub_J1R[j, 0], np.float32(-1), offset[j])
                 # where the output error would be least, all else as it is, and by how much it would fall
                 _times_factor(factor_TT, slope[start:stop], new)
                 _squares(new, gain)
@@ -422,7 +499,7 @@ def _sweep(
                 walk_tile(search, target, scale, offset, factor_TT, tile)
                 take(tile.error_JTR, tile.tried_R, new)
                 _minus_transposed(factor_TT, new, target)
-                _decide(tile.loss_JR, tile.tried_R, gain, better, tried[0])
+                _decide(tile.loss_JR, tile.tried_R, gain, better, tried)
                 _move(target, better, found[start:stop], moved)
                 _bend(hessian_ESS[e], start, moved, slope)
                 take(tile.code_JCR, tile.tried_R, new_code)
@@ -430,10 +507,37 @@ def _sweep(
                 if search.has_signs:
                     take(tile.sign_JTR, tile.tried_R, new)
                     _put_signs(new, better, e, first, start, negative_SEN)
-                store(tried, e, first, p, tried_PEN)
+                if n_once:
+                    take(sub_J1R, tried, number)
+                    store(number, e, first, p, sub_PEN)
+                    if has_minimum:
+                        take(low_sub_J1R, tried, number)
+                        store(number, e, first, p, minimum_PEN)
+                else:
+                    number[0] = tried
+                    store(number, e, first, 0, tried_EN)
             store(found, e, first, 0, found_SEN)
             store(slope, e, first, 0, slope_SEN)
             store(code, e, first, 0, code_CEN)
+
+
+@compiled
+def _near(scales, has_minimum, sub_J1R, low_sub_J1R):
+    """moe2gguf.scales.near_tries of a tile, from its first: the values next to it, and the other shift or minimums."""
+    n = np.int32(len(scales.order_Q))
+    for r in range(ROWS):
+        own = sub_J1R[0, 0, r]
+        shift = n if own >= n else np.int32(0)
+        place = scales.place_Q[own - shift]
+        sub_J1R[1, 0, r] = scales.order_Q[max(place - 1, 0)] + shift
+        sub_J1R[2, 0, r] = scales.order_Q[min(place + 1, n - 1)] + shift
+        if has_minimum:
+            low = low_sub_J1R[0, 0, r]
+            low_sub_J1R[1, 0, r], low_sub_J1R[2, 0, r] = low, low
+            sub_J1R[3, 0, r], low_sub_J1R[3, 0, r] = own, max(low - 1, 0)
+            sub_J1R[4, 0, r], low_sub_J1R[4, 0, r] = own, min(low + 1, n - 1)
+        elif len(scales.sub_offset_Q):
+            sub_J1R[3, 0, r] = own + n - 2 * shift
 
 
 @unaliased
@@ -517,6 +621,5 @@ def _bend(hessian_SS, start, moved_TR, slope_SR):
             a, b = hessian_SS[s, start + t], hessian_SS[s, start + t + 1]
             c, d = hessian_SS[s, start + t + 2], hessian_SS[s, start + t + 3]
             for r in range(ROWS):
-                slope_SR[s, r] += (a * moved_TR[t, r] + b * moved_TR[t + 1, r]) + (
-                    c * moved_TR[t + 2, r] + d * moved_TR[t + 3, r]
-                )
+                slope = slope_SR[s, r] + a * moved_TR[t, r] + b * moved_TR[t + 1, r]
+                slope_SR[s, r] = slope + c * moved_TR[t + 2, r] + d * moved_TR[t + 3, r]

@@ -73,7 +73,7 @@ def test_quantising_with_the_kernels(
     weight_ENK = torch.randn(n_experts, 3, n_columns, generator=torch.Generator().manual_seed(2))
     hessian_EKK = torch.stack([torch.from_numpy(correlated(n_columns, 1.0, seed)) for seed in range(n_experts)])
     costs = curvature(hessian_EKK, DAMPING)
-    on_device = Curvature(*(x.to(device) for x in vars(costs).values()))
+    on_device = Curvature(costs.hessian_EKK.to(device), costs.root_EKK.to(device), costs.places)
     with ThreadPoolExecutor(1) as pool:
         expected_ENB = feedback.quantize(weight_ENK, codec.quant_type, costs, pool)
         monkeypatch.setattr("moe2gguf.backend.has_kernels", lambda _: True)
