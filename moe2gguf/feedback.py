@@ -125,11 +125,9 @@ class _Costs:
     @staticmethod
     def joined(parts: list["_Costs"]) -> "_Costs":
         """A single one is not copied: it may be large."""
-        return (
-            parts[0]
-            if len(parts) == 1
-            else _Costs(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return _Costs(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
@@ -267,45 +265,62 @@ def single_threaded() -> Iterator[None]:
 
 
 def _quantize(codec: Codec, weight_ENK: torch.Tensor, costs: _Costs) -> torch.Tensor:
-    size, (n_early, n_late) = codec.block_weights, _sweeps(codec)
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()
-    miss_KEN = torch.empty_like(weight_KEN)
+    n_early, n_late = _sweeps(codec)
+    blocks, miss_KEN = _walk(codec, weight_KEN, costs, n_early)
+    for _ in range(n_late):
+        _sweep(codec, weight_KEN, costs, blocks, miss_KEN)
+    shape = (*weight_ENK.shape[:2], -1)
+    return torch.cat([backend.pack(codec, block.fields(codec)).view(shape) for block in blocks], -1)
+
+
+def _walk(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, n_sweeps: int) -> tuple[list[Block], torch.Tensor]:
+    """The blocks, each swept before the next is begun, and what they miss, f32 (K, E, N)."""
     blocks: list[Block] = []
+    miss_KEN = torch.empty_like(weight_KEN)
     for panel in _at_a_time(len(weight_KEN), PANEL):
         # what errors before these columns do to them
-        pull_SEN = product(costs.root_EKK[:, : panel.start, panel].mT, miss_KEN[: panel.start])
-        for start in range(panel.start, panel.stop, size):
-            i, own, before = start // size, slice(start, start + size), slice(panel.start, start)
+        pull_PEN = product(costs.root_EKK[:, : panel.start, panel].mT, miss_KEN[: panel.start])
+        for i, own in _blocks_of(codec, panel):
             root_ESS, factor_ESS = costs.root_EBSS[:, i], costs.factor_EBSS[:, i]
-            own_pull_SEN = pull_SEN[start - panel.start :][:size]
-            if start > panel.start:
-                own_pull_SEN = own_pull_SEN + product(costs.root_EKK[:, before, own].mT, miss_KEN[before])
-            left_SEN = weight_KEN[own] - product(factor_ESS.mT, own_pull_SEN)
+            before, pull_SEN = slice(panel.start, own.start), pull_PEN[_within(panel, own)]
+            if before.start < before.stop:
+                pull_SEN = pull_SEN + product(costs.root_EKK[:, before, own].mT, miss_KEN[before])
+            left_SEN = weight_KEN[own] - product(factor_ESS.mT, pull_SEN)
             block, found_SEN, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
-            if n_early:
+            if n_sweeps:
                 slope_SEN = -product(root_ESS, error_SEN)
-            for _ in range(n_early):
+            for _ in range(n_sweeps):
                 ahead_ESS, ahead_EPTT = costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
                 block, found_SEN, slope_SEN = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
             miss_KEN[own] = found_SEN - weight_KEN[own]
             blocks.append(block)
-    for _ in range(n_late):
-        for panel in _at_a_time(len(weight_KEN), PANEL):
-            slope_SEN = product(costs.hessian_EKK[:, panel], miss_KEN)
-            for start in range(panel.start, panel.stop, size):
-                i, own, after = start // size, slice(start, start + size), slice(start + size, panel.stop)
-                own_ESS, old_SEN = costs.own_EBSS[:, i], weight_KEN[own] + miss_KEN[own]
-                own_slope_SEN = slope_SEN[start - panel.start :][:size]
-                block, found_SEN, own_slope_SEN = backend.sweep(
-                    codec, blocks[i], old_SEN, own_slope_SEN, own_ESS, costs.own_EBPTT[:, i]
-                )
-                blocks[i], found_SEN = _refit(codec, block, found_SEN, own_slope_SEN, own_ESS)
-                miss_KEN[own] = found_SEN - weight_KEN[own]
-                if after.start < after.stop:
-                    moved_SEN = found_SEN - old_SEN
-                    slope_SEN[after.start - panel.start :] += product(costs.hessian_EKK[:, after, own], moved_SEN)
-    shape = (*weight_ENK.shape[:2], -1)
-    return torch.cat([backend.pack(codec, block.fields(codec)).view(shape) for block in blocks], -1)
+    return blocks, miss_KEN
+
+
+def _sweep(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, blocks: list[Block], miss_KEN: torch.Tensor) -> None:
+    """Each block anew, all others as they are; in place."""
+    for panel in _at_a_time(len(weight_KEN), PANEL):
+        slope_PEN = product(costs.hessian_EKK[:, panel], miss_KEN)
+        for i, own in _blocks_of(codec, panel):
+            own_ESS, own_EPTT, after = costs.own_EBSS[:, i], costs.own_EBPTT[:, i], slice(own.stop, panel.stop)
+            old_SEN, slope_SEN = weight_KEN[own] + miss_KEN[own], slope_PEN[_within(panel, own)]
+            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], old_SEN, slope_SEN, own_ESS, own_EPTT)
+            blocks[i], found_SEN = _refit(codec, block, found_SEN, slope_SEN, own_ESS)
+            miss_KEN[own] = found_SEN - weight_KEN[own]
+            if after.start < after.stop:
+                slope_PEN[_within(panel, after)] += product(costs.hessian_EKK[:, after, own], found_SEN - old_SEN)
+
+
+def _blocks_of(codec: Codec, panel: slice) -> Iterator[tuple[int, slice]]:
+    """Their numbers and columns."""
+    size = codec.block_weights
+    for start in range(panel.start, panel.stop, size):
+        yield start // size, slice(start, start + size)
+
+
+def _within(panel: slice, own: slice) -> slice:
+    return slice(own.start - panel.start, own.stop - panel.start)
 
 
 def _sweeps(codec: Codec) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 Every measurement runs in a child process that has one model open; children of one comparison take turns, forwards and
 backwards, so that a ratio is made of neighbours in time. A ratio is the median over the rounds. The router's inputs are
-made so that every expert is selected equally often and the ratio of a slot's weight to its token's largest is spread
-evenly over (0, 1): a threshold t skips t * (k - 1) / k of k slots.
+made so that each token's experts are drawn at random, each as likely as any other, and the ratio of a slot's weight to
+its token's largest is spread evenly over (0, 1): a threshold t skips t * (k - 1) / k of k slots.
 
 What is compared:
 
@@ -64,7 +64,7 @@ class Shape:
     n_expert: int
     n_used: int
     n_layer: int
-    n_decode: int  # tokens decoded in one measurement, a multiple of n_expert / n_used
+    n_decode: int  # tokens decoded in one measurement
 
 
 QWEN = Shape("Q", 2048, 768, 128, 8, n_layer=2, n_decode=64)  # Qwen3-30B-A3B
@@ -91,21 +91,16 @@ def group_sizes(n_expert: int, n_groups: int) -> list[int]:
 
 
 def routed_embeddings(shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    """f32 (V, K): the first n_expert columns are the router's logits, the rest is noise that makes the mean square 1.
-
-    Experts are dealt from a shuffled deck, so that all are used equally often in every n_expert / n_used tokens.
-    """
+    """f32 (V, K): the first n_expert columns are the router's logits, the rest noise that makes the mean square 1."""
     embedding_VK = np.zeros((N_PROMPT, shape.n_embd), np.float32)
     embedding_VK[:, : shape.n_expert] = -2
     ratio = 0.5
-    deck: list[int] = []
     for token_K in embedding_VK:
-        if not deck:
-            deck = [int(e) for e in rng.permutation(shape.n_expert)]
-        token_K[deck.pop()] = 3
-        for _ in range(shape.n_used - 1):
+        top, *others = rng.permutation(shape.n_expert)[: shape.n_used]
+        token_K[top] = 3
+        for expert in others:
             ratio = (ratio + 0.6180339887) % 1  # golden section: evenly spread over any stretch of tokens
-            token_K[deck.pop()] = 3 + np.log(0.02 + 0.96 * ratio)
+            token_K[expert] = 3 + np.log(0.02 + 0.96 * ratio)
     noise = rng.standard_normal((N_PROMPT, shape.n_embd - shape.n_expert), np.float32)
     left = shape.n_embd - np.square(embedding_VK).sum(axis=1, keepdims=True)
     embedding_VK[:, shape.n_expert :] = noise * np.sqrt(left / np.square(noise).sum(axis=1, keepdims=True))
