@@ -17,7 +17,7 @@ from moe2gguf import walk as plain_walk
 from moe2gguf.codec import CODECS, Codec, Fields
 from moe2gguf.errors import DeviceError
 from moe2gguf.ggml import QuantType
-from moe2gguf.passes import Block
+from moe2gguf.passes import Blocks
 from moe2gguf.walk import Tries, Walked
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch
 
 def first_pass(
     codec: Codec, weight_SEN: torch.Tensor, factor_ESS: torch.Tensor
-) -> tuple[Block, torch.Tensor, torch.Tensor]:
+) -> tuple[Blocks, torch.Tensor, torch.Tensor]:
     """moe2gguf.passes.first_pass, on the device of its arguments."""
-    # what has one sub-block is tried at scales that no other depends on
-    if not weight_SEN.is_cpu or not scales.has_block_scale(codec):
+    # powers of two have no even steps
+    if not weight_SEN.is_cpu or codec.places.d is None:
         return passes.first_pass(codec, weight_SEN, factor_ESS, walk)
     from moe2gguf_kernels import passes_cpu
 
@@ -133,46 +133,52 @@ def first_pass(
         how, unit = passes_cpu.BY_CODEBOOK, scales.codebook_unit(codec)
     else:
         how, unit = passes_cpu.BY_TURNED_RANGE if scales.turns_around(codec) else passes_cpu.BY_RANGE, 1.0
-    of_type = layout(codec.quant_type, weight_SEN.device)
-    cost_SE = factor_ESS.diagonal(dim1=-2, dim2=-1).T ** -2
-    (multiple,) = scales.block_multiples(codec)
-    scale_PEN, low_PEN = passes_cpu.fits(weight_SEN, cost_SE, how, unit, multiple, of_type)
-    d_EN, dmin_EN = scales.block_scales(codec, scale_PEN, low_PEN if codec.has_minimum else None)
-    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN = passes_cpu.first_pass(
-        weight_SEN, factor_ESS, passes.diagonal_blocks(factor_ESS, codec.sub_weights), d_EN.float(),
-        None if dmin_EN is None else dmin_EN.float(), how, unit, scales.first_multiples(codec), of_type,
+    of_type, d_1EN, dmin_1EN = layout(codec.quant_type, weight_SEN.device), None, None
+    if scales.has_block_scale(codec):
+        cost_SE = factor_ESS.diagonal(dim1=-2, dim2=-1).T ** -2
+        (multiple,) = scales.block_multiples(codec)
+        scale_PEN, low_PEN = passes_cpu.fits(weight_SEN, cost_SE, how, unit, multiple, of_type)
+        d_1EN, dmin_1EN = scales.block_scales(codec, scale_PEN, low_PEN if codec.has_minimum else None)
+    code_CEN, negative_SEN, scale_PEN, sub_PEN, minimum_PEN, found_SEN, error_SEN = passes_cpu.first_pass(
+        weight_SEN, factor_ESS, passes.diagonal_blocks(factor_ESS, codec.sub_weights), _units(d_1EN, dmin_1EN), how,
+        unit, scales.first_multiples(codec), of_type,
     )  # fmt: skip
-    return Block(code_CEN, negative_SEN, d_EN, sub_PEN, dmin_EN, minimum_PEN), found_SEN, error_SEN
+    d_DEN = scale_PEN.half() if d_1EN is None else d_1EN
+    return Blocks(code_CEN, negative_SEN, d_DEN, sub_PEN, dmin_1EN, minimum_PEN), found_SEN, error_SEN
 
 
 def sweep(
     codec: Codec,
-    block: Block,
+    blocks: Blocks,
     found_SEN: torch.Tensor,
     slope_SEN: torch.Tensor,
     hessian_ESS: torch.Tensor,
     factor_EPTT: torch.Tensor,
-) -> tuple[Block, torch.Tensor, torch.Tensor]:
+) -> tuple[Blocks, torch.Tensor, torch.Tensor]:
     """moe2gguf.passes.sweep, on the device of its arguments."""
     if not found_SEN.is_cpu:
-        return passes.sweep(codec, block, found_SEN, slope_SEN, hessian_ESS, factor_EPTT, walk)
+        return passes.sweep(codec, blocks, found_SEN, slope_SEN, hessian_ESS, factor_EPTT, walk)
     from moe2gguf_kernels import passes_cpu
 
-    of_type = layout(codec.quant_type, found_SEN.device)
-    if not scales.has_block_scale(codec):
-        tries = passes.sweep_tries(codec, block)
-        code_CEN, negative_SEN, found_SEN, slope_SEN, tried_EN = passes_cpu.sweep_one(
-            block.code_CEN, block.negative_SEN, tries.scale_JEN[:, 0], factor_EPTT, hessian_ESS, found_SEN, slope_SEN,
-            of_type,
-        )  # fmt: skip
-        block = dataclasses.replace(block, code_CEN=code_CEN, negative_SEN=negative_SEN)
-        return passes.with_scales(codec, block, tries, tried_EN[None]), found_SEN, slope_SEN
-    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, slope_SEN = passes_cpu.sweep(
-        block.code_CEN, block.negative_SEN, block.sub_PEN, block.minimum_PEN, block.d_EN.float(),
-        None if block.dmin_EN is None else block.dmin_EN.float(), factor_EPTT, hessian_ESS, found_SEN, slope_SEN,
-        of_type,
+    of_type, by_unit = layout(codec.quant_type, found_SEN.device), scales.has_block_scale(codec)
+    tries = None if by_unit else passes.sweep_tries(codec, blocks)
+    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, slope_SEN, tried_PEN = passes_cpu.sweep(
+        blocks.code_CEN, blocks.negative_SEN, blocks.sub_PEN if by_unit else None, blocks.minimum_PEN,
+        _units(blocks.d_DEN, blocks.dmin_DEN) if by_unit else None, None if tries is None else tries.scale_JEN,
+        factor_EPTT, hessian_ESS, found_SEN, slope_SEN, of_type,
     )  # fmt: skip
-    return Block(code_CEN, negative_SEN, block.d_EN, sub_PEN, block.dmin_EN, minimum_PEN), found_SEN, slope_SEN
+    if tries is None:
+        after = Blocks(code_CEN, negative_SEN, blocks.d_DEN, sub_PEN, blocks.dmin_DEN, minimum_PEN)
+    else:
+        after = dataclasses.replace(blocks, code_CEN=code_CEN, negative_SEN=negative_SEN)
+        after = passes.with_scales(codec, after, tries, tried_PEN)
+    return after, found_SEN, slope_SEN
+
+
+def _units(d_1EN: torch.Tensor | None, dmin_1EN: torch.Tensor | None) -> torch.Tensor | None:
+    """What sub-blocks' scales and minimums are in units of: f32 (1 or 2, E, N)."""
+    units = [x_1EN.float() for x_1EN in (d_1EN, dmin_1EN) if x_1EN is not None]
+    return torch.cat(units) if units else None
 
 
 def moments(

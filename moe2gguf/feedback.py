@@ -32,7 +32,7 @@ from moe2gguf import backend, ggml, passes
 from moe2gguf.codec import CODECS, Codec
 from moe2gguf.factors import PANEL, inverse, root
 from moe2gguf.ggml import QuantType
-from moe2gguf.passes import Block
+from moe2gguf.passes import Blocks
 from moe2gguf.scales import HALF_MAX
 from moe2gguf.walk import product
 
@@ -98,36 +98,48 @@ def damped(hessian_EKK: torch.Tensor, damping: float, into_EKK: torch.Tensor | N
 
 
 @dataclass(frozen=True)
+class _Panel:
+    """What errors in neighbouring columns cost: those of a block, or of several small ones."""
+
+    own_ESS: torch.Tensor  # H of the columns
+    root_ESS: torch.Tensor  # R
+    factor_ESS: torch.Tensor  # U = R⁻¹
+    ahead_ESS: torch.Tensor  # where the columns after these make up for errors, in the place of H: R Rᵀ
+    own_EPTT: torch.Tensor  # `passes.sub_factors` of H
+    ahead_EPTT: torch.Tensor  # and of what is in its place
+
+    @staticmethod
+    def of(codec: Codec, hessian_ESS: torch.Tensor, root_ESS: torch.Tensor) -> "_Panel":
+        own_ESS, root_ESS, ahead_ESS = hessian_ESS.contiguous(), root_ESS.contiguous(), root_ESS @ root_ESS.mT
+        factors = (passes.sub_factors(codec, x_ESS) for x_ESS in (own_ESS, ahead_ESS))
+        return _Panel(own_ESS, root_ESS, inverse(root_ESS), ahead_ESS, *factors)
+
+
+@dataclass(frozen=True)
 class _Costs:
-    """Of a curvature, and in each block of a type: B blocks of so many columns."""
+    """Of a curvature, and in each panel of its columns."""
 
     hessian_EKK: torch.Tensor
     root_EKK: torch.Tensor
-    own_EBSS: torch.Tensor  # H of the block
-    root_EBSS: torch.Tensor  # R
-    factor_EBSS: torch.Tensor  # U = R⁻¹
-    ahead_EBSS: torch.Tensor  # where the columns after the block make up for errors, in the place of H: R Rᵀ
-    own_EBPTT: torch.Tensor  # `passes.sub_factors` of H
-    ahead_EBPTT: torch.Tensor  # and of what is in its place
+    panels: list[_Panel]
 
     @staticmethod
     def of_type(codec: Codec, hessian_EKK: torch.Tensor, root_EKK: torch.Tensor) -> "_Costs":
-        own_EBSS = passes.diagonal_blocks(hessian_EKK, codec.block_weights)
-        root_EBSS = passes.diagonal_blocks(root_EKK, codec.block_weights)
-        ahead_EBSS = root_EBSS @ root_EBSS.mT
-        own_EBPTT, ahead_EBPTT = (
-            passes.sub_factors(codec, x_EBSS.flatten(0, 1)).unflatten(0, x_EBSS.shape[:2])
-            for x_EBSS in (own_EBSS, ahead_EBSS)
-        )
-        factor_EBSS = inverse(root_EBSS)
-        return _Costs(hessian_EKK, root_EKK, own_EBSS, root_EBSS, factor_EBSS, ahead_EBSS, own_EBPTT, ahead_EBPTT)
+        owns = _at_a_time(hessian_EKK.shape[-1], PANEL)
+        panels = [_Panel.of(codec, hessian_EKK[:, own, own], root_EKK[:, own, own]) for own in owns]
+        return _Costs(hessian_EKK, root_EKK, panels)
 
     @staticmethod
     def joined(parts: list["_Costs"]) -> "_Costs":
         """A single one is not copied: it may be large."""
         if len(parts) == 1:
             return parts[0]
-        return _Costs(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+        panels = [
+            _Panel(*map(torch.cat, zip(*(vars(panel).values() for panel in same), strict=True)))
+            for same in zip(*(part.panels for part in parts), strict=True)
+        ]
+        hessian_EKK, root_EKK = (torch.cat([getattr(part, x) for part in parts]) for x in ("hessian_EKK", "root_EKK"))
+        return _Costs(hessian_EKK, root_EKK, panels)
 
 
 def row_feedback(moments_ENN: torch.Tensor) -> torch.Tensor:
@@ -267,84 +279,65 @@ def single_threaded() -> Iterator[None]:
 def _quantize(codec: Codec, weight_ENK: torch.Tensor, costs: _Costs) -> torch.Tensor:
     weight_KEN = weight_ENK.float().permute(2, 0, 1).contiguous()
     n_early, n_late = _sweeps(codec)
-    blocks, miss_KEN = _walk(codec, weight_KEN, costs, n_early)
+    panels, miss_KEN = _walk(codec, weight_KEN, costs, n_early)
     for _ in range(n_late):
-        _sweep(codec, weight_KEN, costs, blocks, miss_KEN)
+        _sweep(codec, weight_KEN, costs, panels, miss_KEN)
     shape = (*weight_ENK.shape[:2], -1)
-    return torch.cat([backend.pack(codec, block.fields(codec)).view(shape) for block in blocks], -1)
+    packed = [backend.pack(codec, fields) for blocks in panels for fields in blocks.fields(codec)]
+    return torch.cat([blocks_RB.view(shape) for blocks_RB in packed], -1)
 
 
-def _walk(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, n_sweeps: int) -> tuple[list[Block], torch.Tensor]:
-    """The blocks, each swept before the next is begun, and what they miss, f32 (K, E, N)."""
-    blocks: list[Block] = []
+def _walk(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, n_sweeps: int) -> tuple[list[Blocks], torch.Tensor]:
+    """The blocks of each panel, swept before the next is begun, and what they miss, f32 (K, E, N)."""
+    panels: list[Blocks] = []
     miss_KEN = torch.empty_like(weight_KEN)
-    for panel in _at_a_time(len(weight_KEN), PANEL):
-        # what errors before these columns do to them
-        pull_PEN = product(costs.root_EKK[:, : panel.start, panel].mT, miss_KEN[: panel.start])
-        for i, own in _blocks_of(codec, panel):
-            root_ESS, factor_ESS = costs.root_EBSS[:, i], costs.factor_EBSS[:, i]
-            before, pull_SEN = slice(panel.start, own.start), pull_PEN[_within(panel, own)]
-            if before.start < before.stop:
-                pull_SEN = pull_SEN + product(costs.root_EKK[:, before, own].mT, miss_KEN[before])
-            left_SEN = weight_KEN[own] - product(factor_ESS.mT, pull_SEN)
-            block, found_SEN, error_SEN = backend.first_pass(codec, left_SEN, factor_ESS)
-            if n_sweeps:
-                slope_SEN = -product(root_ESS, error_SEN)
-            for _ in range(n_sweeps):
-                ahead_ESS, ahead_EPTT = costs.ahead_EBSS[:, i], costs.ahead_EBPTT[:, i]
-                block, found_SEN, slope_SEN = backend.sweep(codec, block, found_SEN, slope_SEN, ahead_ESS, ahead_EPTT)
-            miss_KEN[own] = found_SEN - weight_KEN[own]
-            blocks.append(block)
-    return blocks, miss_KEN
+    for own, panel in zip(_at_a_time(len(weight_KEN), PANEL), costs.panels, strict=True):
+        # what errors in the columns before do to these
+        pull_SEN = product(costs.root_EKK[:, : own.start, own].mT, miss_KEN[: own.start])
+        left_SEN = weight_KEN[own] - product(panel.factor_ESS.mT, pull_SEN)
+        blocks, found_SEN, error_SEN = backend.first_pass(codec, left_SEN, panel.factor_ESS)
+        if n_sweeps:
+            slope_SEN = -product(panel.root_ESS, error_SEN)
+        for _ in range(n_sweeps):
+            blocks, found_SEN, slope_SEN = backend.sweep(
+                codec, blocks, found_SEN, slope_SEN, panel.ahead_ESS, panel.ahead_EPTT
+            )
+        miss_KEN[own] = found_SEN - weight_KEN[own]
+        panels.append(blocks)
+    return panels, miss_KEN
 
 
-def _sweep(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, blocks: list[Block], miss_KEN: torch.Tensor) -> None:
-    """Each block anew, all others as they are; in place."""
-    for panel in _at_a_time(len(weight_KEN), PANEL):
-        slope_PEN = product(costs.hessian_EKK[:, panel], miss_KEN)
-        for i, own in _blocks_of(codec, panel):
-            own_ESS, own_EPTT, after = costs.own_EBSS[:, i], costs.own_EBPTT[:, i], slice(own.stop, panel.stop)
-            old_SEN, slope_SEN = weight_KEN[own] + miss_KEN[own], slope_PEN[_within(panel, own)]
-            block, found_SEN, slope_SEN = backend.sweep(codec, blocks[i], old_SEN, slope_SEN, own_ESS, own_EPTT)
-            blocks[i], found_SEN = _refit(codec, block, found_SEN, slope_SEN, own_ESS)
-            miss_KEN[own] = found_SEN - weight_KEN[own]
-            if after.start < after.stop:
-                slope_PEN[_within(panel, after)] += product(costs.hessian_EKK[:, after, own], found_SEN - old_SEN)
-
-
-def _blocks_of(codec: Codec, panel: slice) -> Iterator[tuple[int, slice]]:
-    """Their numbers and columns."""
-    size = codec.block_weights
-    for start in range(panel.start, panel.stop, size):
-        yield start // size, slice(start, start + size)
-
-
-def _within(panel: slice, own: slice) -> slice:
-    return slice(own.start - panel.start, own.stop - panel.start)
+def _sweep(codec: Codec, weight_KEN: torch.Tensor, costs: _Costs, panels: list[Blocks], miss_KEN: torch.Tensor) -> None:
+    """Each panel anew, all others as they are; in place."""
+    for i, (own, panel) in enumerate(zip(_at_a_time(len(weight_KEN), PANEL), costs.panels, strict=True)):
+        slope_SEN, found_SEN = product(costs.hessian_EKK[:, own], miss_KEN), weight_KEN[own] + miss_KEN[own]
+        blocks, found_SEN, slope_SEN = backend.sweep(
+            codec, panels[i], found_SEN, slope_SEN, panel.own_ESS, panel.own_EPTT
+        )
+        panels[i], found_SEN = _refit(codec, blocks, found_SEN, slope_SEN, panel.own_ESS)
+        miss_KEN[own] = found_SEN - weight_KEN[own]
 
 
 def _sweeps(codec: Codec) -> tuple[int, int]:
-    """Through a block as the walk leaves it, where it has sub-blocks to make up for each other, and through all blocks
-    after the walk; more gain little."""
-    if ggml.bits_per_weight(codec.quant_type) >= UNSWEPT_BITS:
-        return 0, 0
-    return (1, 1) if codec.n_subs > 1 else (0, 2)
+    """Through a panel as the walk leaves it, and through all of them after the walk; more gain little."""
+    return (0, 0) if ggml.bits_per_weight(codec.quant_type) >= UNSWEPT_BITS else (1, 1)
 
 
 def _refit(
-    codec: Codec, block: Block, found_SEN: torch.Tensor, slope_SEN: torch.Tensor, hessian_ESS: torch.Tensor
-) -> tuple[Block, torch.Tensor]:
+    codec: Codec, blocks: Blocks, found_SEN: torch.Tensor, slope_SEN: torch.Tensor, hessian_ESS: torch.Tensor
+) -> tuple[Blocks, torch.Tensor]:
     """d and dmin where the output error is least, all else as it is; -> also the weights, f32 (S, E, N)."""
     if codec.places.d is None:
-        return block, found_SEN
-    old_d = block.d_EN.float()
-    if block.dmin_EN is None:
-        new_d = old_d * (1 - (slope_SEN * found_SEN).sum(0) / (product(hessian_ESS, found_SEN) * found_SEN).sum(0))
-        d_EN = torch.where(_near(new_d, old_d), new_d, old_d).half()
-        return dataclasses.replace(block, d_EN=d_EN), _over(d_EN, old_d) * found_SEN
-    assert block.minimum_PEN is not None
-    old_min = block.dmin_EN.float()
-    low_SEN = block.minimum_PEN.float().repeat_interleave(codec.sub_weights, dim=0)
+        return blocks, found_SEN
+    old_DEN = blocks.d_DEN.float()
+    if blocks.dmin_DEN is None:
+        part_DTEN = found_SEN.unflatten(0, (len(old_DEN), -1))
+        new_DEN = old_DEN * (1 - _shares(part_DTEN, (slope_SEN * found_SEN).view_as(part_DTEN).sum(1), hessian_ESS))
+        d_DEN = torch.where(_near(new_DEN, old_DEN).all(0), new_DEN, old_DEN).half()
+        return dataclasses.replace(blocks, d_DEN=d_DEN), (_over(d_DEN, old_DEN)[:, None] * part_DTEN).flatten(0, 1)
+    assert blocks.minimum_PEN is not None
+    (old_d,), (old_min,) = old_DEN, blocks.dmin_DEN.float()
+    low_SEN = blocks.minimum_PEN.float().repeat_interleave(codec.sub_weights, dim=0)
     unit_SEN = _over(found_SEN + old_min * low_SEN, old_d)
     bent_SEN, bent_low_SEN = product(hessian_ESS, unit_SEN), product(hessian_ESS, low_SEN)
     uu, ul, ll = (bent_SEN * unit_SEN).sum(0), (bent_SEN * low_SEN).sum(0), (bent_low_SEN * low_SEN).sum(0)
@@ -353,11 +346,28 @@ def _refit(
     new_d, new_min = old_d + (ul * ls - ll * us) / determinant, old_min + (uu * ls - ul * us) / determinant
     fits = _near(new_d, old_d) & _near(new_min, old_min)
     d_EN, dmin_EN = torch.where(fits, new_d, old_d).half(), torch.where(fits, new_min, old_min).half()
-    return dataclasses.replace(block, d_EN=d_EN, dmin_EN=dmin_EN), d_EN * unit_SEN - dmin_EN * low_SEN
+    found_SEN = d_EN * unit_SEN - dmin_EN * low_SEN
+    return dataclasses.replace(blocks, d_DEN=d_EN[None], dmin_DEN=dmin_EN[None]), found_SEN
 
 
-def _over(x: torch.Tensor, d_EN: torch.Tensor) -> torch.Tensor:
-    return torch.where(d_EN != 0, x / d_EN, 0.0)
+def _shares(part_DTEN: torch.Tensor, slope_DEN: torch.Tensor, hessian_ESS: torch.Tensor) -> torch.Tensor:
+    """By which parts of themselves the blocks' weights should be less, for slopes along them: f32 (D, E, N)."""
+    n_blocks, size = part_DTEN.shape[:2]
+    bent = [
+        product(hessian_ESS[..., i * size : (i + 1) * size], part_TEN).unflatten(0, (n_blocks, -1))
+        for i, part_TEN in enumerate(part_DTEN)
+    ]
+    cost_DDEN = torch.stack([(bent_DTEN * part_DTEN).sum(1) for bent_DTEN in bent])
+    if n_blocks == 1:
+        return slope_DEN / cost_DDEN[0]
+    # a block of zeros costs nothing whatever its share
+    cost_ENDD = cost_DDEN.permute(2, 3, 0, 1).contiguous()
+    cost_ENDD.diagonal(dim1=-2, dim2=-1).masked_fill_(cost_ENDD.diagonal(dim1=-2, dim2=-1) == 0, 1)
+    return torch.linalg.solve_ex(cost_ENDD, slope_DEN.permute(1, 2, 0))[0].permute(2, 0, 1)
+
+
+def _over(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    return torch.where(d != 0, x / d, 0.0)
 
 
 def _near(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

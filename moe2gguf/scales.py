@@ -1,6 +1,6 @@
 """Scales for a block and its sub-blocks, as the file can hold them: from the weights, and near those there are.
 
-Shapes: see moe2gguf.walk; S weights of a block, Q values of a sub-block's scale.
+Shapes: see moe2gguf.walk; S weights of a block, Q values of a sub-block's scale, P sub-blocks, D blocks of them.
 """
 
 import torch
@@ -54,40 +54,40 @@ def has_block_scale(codec: Codec) -> bool:
 def block_scales(
     codec: Codec, scale_PEN: torch.Tensor, minimum_PEN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """d and dmin, f16 (E, N), that let each sub-block have these; d ones where the type has none, or no other."""
+    """d and dmin, f16 (D, E, N), that let each sub-block have these; ones where the type has none, or no other."""
     if not has_block_scale(codec):
-        return torch.ones(scale_PEN.shape[1:], dtype=torch.float16, device=scale_PEN.device), None
+        return torch.ones_like(scale_PEN, dtype=torch.float16), None
     assert codec.sub_scale_Q is not None
     # of signed sub-scales the lowest reaches further
     low, high = codec.sub_scale_Q.min(), codec.sub_scale_Q.max()
     if minimum_PEN is not None:
-        return _half(HEADROOM * scale_PEN.amax(0) / high), _half(HEADROOM * minimum_PEN.amax(0) / high)
+        return _half(HEADROOM * scale_PEN.amax(0) / high)[None], _half(HEADROOM * minimum_PEN.amax(0) / high)[None]
     largest_EN = chosen(scale_PEN, scale_PEN.abs().argmax(0))
-    return _half(HEADROOM * largest_EN / (low if low < 0 else high)), None
+    return _half(HEADROOM * largest_EN / (low if low < 0 else high))[None], None
 
 
 def first_tries(
-    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, d_EN: torch.Tensor, dmin_EN: torch.Tensor | None
+    codec: Codec, target_TEN: torch.Tensor, cost_TE: torch.Tensor, d_1EN: torch.Tensor, dmin_1EN: torch.Tensor | None
 ) -> Tries:
     """Around what fits the weights best."""
-    d_EN = d_EN.float()
+    d_1EN = d_1EN.float()
     scale_JEN, minimum_JEN = fits(codec, target_TEN, cost_TE, first_multiples(codec))
     if minimum_JEN is not None:
-        assert codec.sub_scale_Q is not None and dmin_EN is not None
+        assert codec.sub_scale_Q is not None and dmin_1EN is not None
         values_Q = codec.sub_scale_Q.to(target_TEN.device)
-        sub_JEN, _ = nearest_level(values_Q, scale_JEN, d_EN)
-        minimum_JEN, _ = nearest_level(values_Q, minimum_JEN, dmin_EN.float())
-        return held(codec, d_EN, dmin_EN, sub_JEN, minimum_JEN)
+        sub_JEN, _ = nearest_level(values_Q, scale_JEN, d_1EN)
+        minimum_JEN, _ = nearest_level(values_Q, minimum_JEN, dmin_1EN.float())
+        return held(codec, d_1EN, dmin_1EN, sub_JEN, minimum_JEN)
     if codec.sub_scale_Q is None:
         return Tries(_half(scale_JEN).float())
     if codec.places.d is None:  # powers of two
         exponent_JEN = (scale_JEN.clamp_min(1e-30).log2().round() + 128).clamp(1, 254)
         sub_JEN = torch.cat([exponent_JEN.amin(0, keepdim=True) + i for i in range(3)]).clamp_max(254).int()
-        return held(codec, d_EN, None, sub_JEN)
+        return held(codec, d_1EN, None, sub_JEN)
     n = _n_scales(codec)
-    sub_JEN, _ = nearest_level(codec.sub_scale_Q[:n].to(target_TEN.device), scale_JEN, d_EN)
+    sub_JEN, _ = nearest_level(codec.sub_scale_Q[:n].to(target_TEN.device), scale_JEN, d_1EN)
     # where there are two shifts, both for every scale
-    return held(codec, d_EN, None, sub_JEN if codec.sub_offset_Q is None else torch.cat([sub_JEN, sub_JEN + n]))
+    return held(codec, d_1EN, None, sub_JEN if codec.sub_offset_Q is None else torch.cat([sub_JEN, sub_JEN + n]))
 
 
 def codebook_unit(codec: Codec) -> float:
@@ -162,28 +162,28 @@ def _n_scales(codec: Codec) -> int:
 
 
 def near_tries(
-    codec: Codec, d_EN: torch.Tensor, sub_EN: torch.Tensor | None, dmin_EN: torch.Tensor | None,
-    minimum_EN: torch.Tensor | None,
+    codec: Codec, d_DEN: torch.Tensor, sub_PEN: torch.Tensor | None, dmin_DEN: torch.Tensor | None,
+    minimum_PEN: torch.Tensor | None,
 ) -> Tries:  # fmt: skip
-    """The scale there is, first, and its neighbours. Of any number of sub-blocks, before E."""
+    """The scales that all sub-blocks have, first, and those next to them: (J, P, E, N) each."""
     if codec.sub_scale_Q is None:
-        multiples = 1 + torch.tensor(NEAR_TRIES, device=d_EN.device) / len(codec.codebook_GW)
-        return Tries(_half(d_EN * multiples[:, None, None]).float())
-    assert sub_EN is not None
+        multiples = 1 + torch.tensor(NEAR_TRIES, device=d_DEN.device) / len(codec.codebook_GW)
+        return Tries(_half(d_DEN * multiples[:, None, None, None]).float())
+    assert sub_PEN is not None
     n = _n_scales(codec)
-    order_Q = codec.sub_scale_Q[:n].argsort().to(d_EN.device)
-    shift_EN = sub_EN // n * n
-    place_EN = order_Q.argsort()[(sub_EN - shift_EN).long()]
-    lower, higher = (order_Q[(place_EN + i).clamp(0, n - 1)].int() + shift_EN for i in (-1, 1))
+    order_Q = codec.sub_scale_Q[:n].argsort().to(d_DEN.device)
+    shift_PEN = sub_PEN // n * n
+    place_PEN = order_Q.argsort()[(sub_PEN - shift_PEN).long()]
+    lower, higher = (order_Q[(place_PEN + i).clamp(0, n - 1)].int() + shift_PEN for i in (-1, 1))
     if codec.sub_offset_Q is not None:  # and the other shift
-        return held(codec, d_EN, None, torch.stack([sub_EN, lower, higher, sub_EN + n - 2 * shift_EN]))
-    if minimum_EN is None:
-        return held(codec, d_EN, None, torch.stack([sub_EN, lower, higher]))
-    less, more = (minimum_EN - 1).clamp_min(0), (minimum_EN + 1).clamp_max(n - 1)
+        return held(codec, d_DEN, None, torch.stack([sub_PEN, lower, higher, sub_PEN + n - 2 * shift_PEN]))
+    if minimum_PEN is None:
+        return held(codec, d_DEN, None, torch.stack([sub_PEN, lower, higher]))
+    less, more = (minimum_PEN - 1).clamp_min(0), (minimum_PEN + 1).clamp_max(n - 1)
     return held(
-        codec, d_EN, dmin_EN,
-        torch.stack([sub_EN, lower, higher, sub_EN, sub_EN]),
-        torch.stack([minimum_EN, minimum_EN, minimum_EN, less, more]),
+        codec, d_DEN, dmin_DEN,
+        torch.stack([sub_PEN, lower, higher, sub_PEN, sub_PEN]),
+        torch.stack([minimum_PEN, minimum_PEN, minimum_PEN, less, more]),
     )  # fmt: skip
 
 

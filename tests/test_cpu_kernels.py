@@ -5,10 +5,10 @@ import torch
 
 from moe2gguf import backend, passes
 from moe2gguf.codec import CODECS, Codec
-from moe2gguf.factors import inverse_factor
+from moe2gguf.factors import PANEL, inverse_factor
 from moe2gguf.feedback import damped
 from moe2gguf.ggml import QuantType
-from moe2gguf.passes import Block
+from moe2gguf.passes import Blocks
 from moe2gguf.walk import Tries, product
 from moe2gguf_kernels.walk_cpu import ROWS
 from tests.test_feedback import correlated
@@ -57,29 +57,30 @@ def test_nothing_changes_by_how_rows_are_shared_out() -> None:
         assert torch.equal(part.error_TEN, whole.error_TEN[..., rows])
 
 
-def block_of_two_experts(codec: Codec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hard rows and noise, more than a tile of them; a Hessian each, and the factor of its inverse."""
+def columns_of_two_experts(codec: Codec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hard rows and noise, more than a tile of them, a block of 256 columns or two of 32; a Hessian
+    each, and the factor of its inverse."""
     few_SEN = hard_and_random(codec)
-    weight_SEN = few_SEN.repeat(1, 1, -(-(ROWS + 3) // few_SEN.shape[2]))
-    hessian_ESS = torch.stack([torch.from_numpy(correlated(codec.block_weights, 1.0, seed)) for seed in (0, 1)]).float()
+    weight_SEN = few_SEN.repeat(PANEL // (4 * len(few_SEN)) or 1, 1, -(-(ROWS + 3) // few_SEN.shape[2]))
+    hessian_ESS = torch.stack([torch.from_numpy(correlated(len(weight_SEN), 1.0, seed)) for seed in (0, 1)]).float()
     hessian_ESS = damped(hessian_ESS, DAMPING)
     return weight_SEN, hessian_ESS, inverse_factor(hessian_ESS)
 
 
-def weights_of(codec: Codec, block: Block) -> torch.Tensor:
+def weights_of(codec: Codec, blocks: Blocks) -> torch.Tensor:
     """f32 (S, E, N)"""
-    fields = block.fields(codec)
-    return codec.decode(codec.pack(fields)).T.reshape(-1, *block.d_EN.shape)
+    rows = blocks.d_DEN.shape[1:]
+    return torch.cat([codec.decode(codec.pack(fields)).T.reshape(-1, *rows) for fields in blocks.fields(codec)])
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
 def test_first_passes_are_as_the_plain_one(quant_type: QuantType) -> None:
     """Sums in another order can turn near ties, and then what follows differs: rows' errors are alike on average."""
     codec = CODECS[quant_type]
-    weight_SEN, _, factor_ESS = block_of_two_experts(codec)
+    weight_SEN, _, factor_ESS = columns_of_two_experts(codec)
     expected, _, expected_error_SEN = passes.first_pass(codec, weight_SEN, factor_ESS)
     block, found_SEN, error_SEN = backend.first_pass(codec, weight_SEN, factor_ESS)
-    for one_EN, other_EN in ((block.d_EN, expected.d_EN), (block.dmin_EN, expected.dmin_EN)):
+    for one_EN, other_EN in ((block.d_DEN, expected.d_DEN), (block.dmin_DEN, expected.dmin_DEN)):
         assert (one_EN is None) == (other_EN is None)
         # rows of ties have others
         assert one_EN is None or one_EN.isclose(other_EN, rtol=2e-3).float().mean() > 0.9
@@ -102,7 +103,7 @@ def test_first_passes_are_as_the_plain_one(quant_type: QuantType) -> None:
 def test_sweeps_are_as_the_plain_one(quant_type: QuantType) -> None:
     """From a start that leaves much to be better; the slope is that of the weights which the file will hold."""
     codec = CODECS[quant_type]
-    weight_SEN, hessian_ESS, factor_ESS = block_of_two_experts(codec)
+    weight_SEN, hessian_ESS, factor_ESS = columns_of_two_experts(codec)
     # as if the columns had nothing to do with each other
     block, _, _ = passes.first_pass(codec, weight_SEN, torch.diag_embed(factor_ESS.diagonal(dim1=1, dim2=2)))
     found_SEN = weights_of(codec, block)

@@ -1,9 +1,9 @@
-"""The first pass of error feedback over a block, and sweeps, compiled for the CPU. Reference: moe2gguf.passes.
+"""The first pass of error feedback over blocks, and sweeps, compiled for the CPU. Reference: moe2gguf.passes.
 
 A tile's rows go through all of a block at once, in arrays that stay in the cache; see moe2gguf_kernels.walk_cpu.
 
-Shapes: E experts, N rows, R rows of a tile, S weights of a block, P sub-blocks of it, T weights of a sub-block, C codes
-of a block, J scales tried, Q values of a sub-block's scale, G levels.
+Shapes: E experts, N rows, R rows of a tile, S weights of the blocks, P sub-blocks of them, T weights of a sub-block, C
+codes, J scales tried, U units of scales and minimums, Q values of a sub-block's scale, G levels.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moe2gguf_kernels.compiled import compiled, unaliased
+from moe2gguf_kernels.compiled import as_float, as_int, compiled, unaliased
 from moe2gguf_kernels.layout import Layout
 from moe2gguf_kernels.walk_cpu import (
     ROWS,
@@ -61,8 +61,7 @@ def fits(
     weight_SEN: torch.Tensor, cost_SE: torch.Tensor, how: int, unit: float, multiple: float, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and minimums that fit the sub-blocks by themselves, f32 (P, E, N)."""
-    _, n_experts, n_rows = weight_SEN.shape
-    scale_PEN, minimum_PEN = np.zeros((2, layout.n_subs, n_experts, n_rows), np.float32)
+    scale_PEN, minimum_PEN = np.zeros((2, _n_subs(weight_SEN, layout), *weight_SEN.shape[1:]), np.float32)
     low, high = _range(layout)
     _fits(
         weight_SEN.contiguous().numpy(), cost_SE.contiguous().numpy(), how, np.float32(unit), low, high,
@@ -75,36 +74,44 @@ def first_pass(
     weight_SEN: torch.Tensor,
     factor_ESS: torch.Tensor,
     factor_EPTT: torch.Tensor,
-    d_EN: torch.Tensor,
-    dmin_EN: torch.Tensor | None,
+    unit_UEN: torch.Tensor | None,
     how: int,
     unit: float,
     multiples: list[float],
     layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Of a type whose sub-blocks' scales are in units of a block's, d_EN and dmin_EN in f32: codes, signs, scales and
-    minimums of the sub-blocks as the file has them, ŵ, and the error (w - ŵ) U⁻¹.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor,
+           torch.Tensor]:  # fmt: skip
+    """Codes, signs, the sub-blocks' scales, f32 (P, E, N), what the file says for them and for their minimums, ŵ, and
+    the error (w - ŵ) U⁻¹.
 
+    unit_UEN: what scales, and minimums, are in units of, f32; None where each sub-block has an f16 of its own.
     factor_EPTT: the sub-blocks' own parts of factor_ESS. unit: for BY_CODEBOOK, the scale over the weights' rms.
     """
     n_weights, n_experts, n_rows = weight_SEN.shape
-    shape = layout.n_subs, n_experts, n_rows
-    code_CEN = np.empty((n_weights // layout.codebook_GW.shape[1], n_experts, n_rows), np.int32)
-    negative_SEN = np.empty((0 if layout.signs is None else n_weights, n_experts, n_rows), np.bool_)
-    sub_PEN, (found_SEN, error_SEN) = np.empty(shape, np.int32), np.empty((2, *weight_SEN.shape), np.float32)
-    minimum_PEN = np.empty((0 if dmin_EN is None else layout.n_subs, n_experts, n_rows), np.int32)
+    rows, n_subs = (n_experts, n_rows), _n_subs(weight_SEN, layout)
+    n_units = 0 if unit_UEN is None else len(unit_UEN)
+    code_CEN = np.empty((n_weights // layout.codebook_GW.shape[1], *rows), np.int32)
+    negative_SEN = np.empty((0 if layout.signs is None else n_weights, *rows), np.bool_)
+    scale_PEN, (found_SEN, error_SEN) = (
+        np.empty((n_subs, *rows), np.float32),
+        np.empty((2, n_weights, *rows), np.float32),
+    )
+    sub_PEN = np.empty((n_subs if n_units else 0, *rows), np.int32)
+    minimum_PEN = np.empty((n_subs if n_units == 2 else 0, *rows), np.int32)
     low, high = _range(layout)
-    units = d_EN[None] if dmin_EN is None else torch.stack([d_EN, dmin_EN])
     _first_pass(
-        search_of(layout), _scales(layout), weight_SEN.contiguous().numpy(), factor_ESS.contiguous().numpy(),
-        factor_EPTT.contiguous().numpy(), units.contiguous().numpy(), how, np.float32(unit), low, high,
-        np.array(multiples, np.float32), code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN,
+        search_of(layout), _scales(layout) if n_units else NO_SCALES, weight_SEN.contiguous().numpy(),
+        factor_ESS.contiguous().numpy(), factor_EPTT.contiguous().numpy(),
+        np.empty((0, *rows), np.float32) if unit_UEN is None else unit_UEN.contiguous().numpy(), how, np.float32(unit),
+        low, high, np.array(multiples, np.float32), code_CEN, negative_SEN, scale_PEN, sub_PEN, minimum_PEN, found_SEN,
+        error_SEN,
     )  # fmt: skip
     return (
         torch.from_numpy(code_CEN),
-        torch.from_numpy(negative_SEN) if len(negative_SEN) else None,
-        torch.from_numpy(sub_PEN),
-        torch.from_numpy(minimum_PEN) if len(minimum_PEN) else None,
+        _if_any(negative_SEN),
+        torch.from_numpy(scale_PEN),
+        _if_any(sub_PEN),
+        _if_any(minimum_PEN),
         torch.from_numpy(found_SEN),
         torch.from_numpy(error_SEN),
     )
@@ -115,77 +122,51 @@ def sweep(
     negative_SEN: torch.Tensor | None,
     sub_PEN: torch.Tensor | None,
     minimum_PEN: torch.Tensor | None,
-    d_EN: torch.Tensor,
-    dmin_EN: torch.Tensor | None,
+    unit_UEN: torch.Tensor | None,
+    scale_JPEN: torch.Tensor | None,
     factor_EPTT: torch.Tensor,
     hessian_ESS: torch.Tensor,
     found_SEN: torch.Tensor,
     slope_SEN: torch.Tensor,
     layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Of a type whose sub-blocks' scales are in units of a block's, d_EN and dmin_EN in f32: codes, signs, scales and
-    minimums of the sub-blocks, weights and slope as moe2gguf.passes.sweep leaves them."""
-    codes, signs, subs, minimums, found, slope = _copies(
-        code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, slope_SEN
-    )
-    n_experts, n_rows = d_EN.shape
-    units = d_EN[None] if dmin_EN is None else torch.stack([d_EN, dmin_EN])
-    _sweep(
-        search_of(layout), _scales(layout), units.contiguous().numpy(), np.empty((0, n_experts, n_rows), np.float32),
-        factor_EPTT.contiguous().numpy(), hessian_ESS.contiguous().numpy(), codes, signs, subs, minimums, found, slope,
-        np.empty((0, n_experts, n_rows), np.int32),
-    )  # fmt: skip
-    return (
-        torch.from_numpy(codes),
-        None if negative_SEN is None else torch.from_numpy(signs),
-        torch.from_numpy(subs),
-        None if minimum_PEN is None else torch.from_numpy(minimums),
-        torch.from_numpy(found),
-        torch.from_numpy(slope),
-    )
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor,
+           torch.Tensor]:  # fmt: skip
+    """Codes, signs, scales and minimums of the sub-blocks, weights and slope as moe2gguf.passes.sweep leaves them, and
+    which try each sub-block took, the first where it stays, i64 (P, E, N).
 
-
-def sweep_one(
-    code_CEN: torch.Tensor,
-    negative_SEN: torch.Tensor | None,
-    scale_JEN: torch.Tensor,
-    factor_EPTT: torch.Tensor,
-    hessian_ESS: torch.Tensor,
-    found_SEN: torch.Tensor,
-    slope_SEN: torch.Tensor,
-    layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a type with one sub-block a block: codes, signs, weights and slope as moe2gguf.passes.sweep leaves them, and
-    which try each took, the first where it stays, i64 (E, N)."""
-    codes, signs, subs, minimums, found, slope = _copies(code_CEN, negative_SEN, None, None, found_SEN, slope_SEN)
-    tried_1EN = np.zeros((1, *scale_JEN.shape[1:]), np.int32)
-    _sweep(
-        search_of(layout), NO_SCALES, np.empty((0, *scale_JEN.shape[1:]), np.float32), scale_JEN.contiguous().numpy(),
-        factor_EPTT.contiguous().numpy(), hessian_ESS.contiguous().numpy(), codes, signs, subs, minimums, found, slope,
-        tried_1EN,
-    )  # fmt: skip
-    return (
-        torch.from_numpy(codes),
-        None if negative_SEN is None else torch.from_numpy(signs),
-        torch.from_numpy(found),
-        torch.from_numpy(slope),
-        torch.from_numpy(tried_1EN[0]).long(),
-    )
-
-
-def _copies(
-    code_CEN: torch.Tensor,
-    negative_SEN: torch.Tensor | None,
-    sub_PEN: torch.Tensor | None,
-    minimum_PEN: torch.Tensor | None,
-    found_SEN: torch.Tensor,
-    slope_SEN: torch.Tensor,
-) -> list[np.ndarray]:
-    """To be written to; empty where the type has no such field."""
+    scale_JPEN: the scales tried; without, those next to sub_PEN and minimum_PEN in units of unit_UEN, f32.
+    """
+    rows = found_SEN.shape[1:]
     optional = (code_CEN, np.int32), (negative_SEN, np.bool_), (sub_PEN, np.int32), (minimum_PEN, np.int32)
-    none = 0, *found_SEN.shape[1:]
-    copies = [np.empty(none, dtype) if x is None else x.contiguous().numpy().copy() for x, dtype in optional]
-    return [*copies, *(x.contiguous().numpy().copy() for x in (found_SEN, slope_SEN))]
+    codes, signs, subs, minimums = (
+        np.empty((0, *rows), dtype) if x is None else x.contiguous().numpy().copy() for x, dtype in optional
+    )
+    found, slope = (x_SEN.contiguous().numpy().copy() for x_SEN in (found_SEN, slope_SEN))
+    tried_PEN = np.zeros((_n_subs(found_SEN, layout), *rows), np.int32)
+    no_floats = np.empty((0, *rows), np.float32)
+    _sweep(
+        search_of(layout), _scales(layout) if scale_JPEN is None else NO_SCALES,
+        no_floats if unit_UEN is None else unit_UEN.contiguous().numpy(),
+        no_floats[None] if scale_JPEN is None else scale_JPEN.contiguous().numpy(), factor_EPTT.contiguous().numpy(),
+        hessian_ESS.contiguous().numpy(), codes, signs, subs, minimums, found, slope, tried_PEN,
+    )  # fmt: skip
+    return (
+        torch.from_numpy(codes),
+        _if_any(signs),
+        _if_any(subs),
+        _if_any(minimums),
+        torch.from_numpy(found),
+        torch.from_numpy(slope),
+        torch.from_numpy(tried_PEN).long(),
+    )
+
+
+def _n_subs(weight_SEN: torch.Tensor, layout: Layout) -> int:
+    return len(weight_SEN) * layout.n_subs // layout.block_weights
+
+
+def _if_any(x_XEN: np.ndarray) -> torch.Tensor | None:
+    return torch.from_numpy(x_XEN) if len(x_XEN) else None
 
 
 def _range(layout: Layout) -> tuple[np.float32, np.float32]:
@@ -362,10 +343,10 @@ def _multiply(from_R, factor, into_R):
 @compiled
 def _first_pass(
     search, scales, weight_SEN, factor_ESS, factor_EPTT, unit_UEN, how, unit, low, high, multiple_J,
-    code_CEN, negative_SEN, sub_PEN, minimum_PEN, found_SEN, error_SEN,
+    code_CEN, negative_SEN, scale_PEN, sub_PEN, minimum_PEN, found_SEN, error_SEN,
 ):  # fmt: skip
     n_weights, n_experts, n_rows = weight_SEN.shape
-    n_subs, size = len(sub_PEN), n_weights // len(sub_PEN)
+    n_subs, size = len(scale_PEN), n_weights // len(scale_PEN)
     n_codes, n_fits, n_once = len(code_CEN) // n_subs, len(multiple_J), len(scales.order_Q)
     n_tries = n_fits * (2 if len(scales.sub_offset_Q) else 1)
     has_offset = len(scales.sub_offset_Q) > 0 or len(minimum_PEN) > 0
@@ -378,6 +359,7 @@ def _first_pass(
     offset = np.zeros((n_tries if has_offset else 0, ROWS), np.float32)
     sub_J1R, low_sub_J1R = np.zeros((n_tries, 1, ROWS), np.int32), np.zeros((n_fits, 1, ROWS), np.int32)
     number, code = np.empty((1, ROWS), np.int32), np.empty((n_codes, ROWS), np.int32)
+    chosen = np.empty((1, ROWS), np.float32)
     for e in range(n_experts):
         for first in range(0, n_rows, ROWS):
             load(weight_SEN, e, first, 0, left)
@@ -390,18 +372,18 @@ def _first_pass(
                 for t in range(size):
                     cost[t] = np.float32(1) / (factor_TT[t, t] * factor_TT[t, t])
                 _fit(target, cost, how, unit, low, high, multiple_J, line, fit, minimum)
-                for j in range(n_fits):
-                    _hold(fit[j], inverses[0], scales, 0, sub_J1R[j, 0])
-                    if n_tries > n_fits:  # for the other shift
-                        _hold(fit[j], inverses[0], scales, n_once, sub_J1R[n_fits + j, 0])
-                    if len(minimum_PEN):
-                        _hold(minimum[j], inverses[1], scales, 0, low_sub_J1R[j, 0])
-                for j in range(n_tries):
-                    _times(units[0], scales.sub_scale_Q, sub_J1R[j, 0], np.float32(1), scale[j])
-                    if len(scales.sub_offset_Q):
-                        _times(units[0], scales.sub_offset_Q, sub_J1R[j, 0], np.float32(1), offset[j])
-                    if len(minimum_PEN):
-                        _times(units[1], scales.sub_scale_Q, low_sub_J1R[j, 0], np.float32(-1), offset[j])
+                if n_once == 0:
+                    for j in range(n_fits):
+                        _half(fit[j], scale[j])
+                else:
+                    for j in range(n_fits):
+                        _hold(fit[j], inverses[0], scales, 0, sub_J1R[j, 0])
+                        if n_tries > n_fits:  # for the other shift
+                            _hold(fit[j], inverses[0], scales, n_once, sub_J1R[n_fits + j, 0])
+                        if len(minimum_PEN):
+                            _hold(minimum[j], inverses[1], scales, 0, low_sub_J1R[j, 0])
+                    for j in range(n_tries):
+                        _stand_for(units, scales, sub_J1R[j, 0], low_sub_J1R[min(j, n_fits - 1), 0], j, scale, offset)
                 walk_tile(search, target, scale, offset, factor_TT, tile)
                 take(tile.error_JTR, tile.tried_R, error)
                 _feed_on(error, factor_ESS[e], start, left)
@@ -413,11 +395,36 @@ def _first_pass(
                 if len(negative_SEN):
                     take(tile.sign_JTR, tile.tried_R, error)
                     store_signs(error, e, first, start, negative_SEN)
-                take(sub_J1R, tile.tried_R, number)
-                store(number, e, first, p, sub_PEN)
+                take(scale.reshape(n_tries, 1, ROWS), tile.tried_R, chosen)
+                store(chosen, e, first, p, scale_PEN)
+                if n_once:
+                    take(sub_J1R, tile.tried_R, number)
+                    store(number, e, first, p, sub_PEN)
                 if len(minimum_PEN):
                     take(low_sub_J1R, tile.tried_R, number)
                     store(number, e, first, p, minimum_PEN)
+
+
+@compiled
+def _half(x_R, into_R):
+    """To the nearest f16."""
+    for r in range(ROWS):
+        x = min(max(x_R[r], np.float32(-65504)), np.float32(65504))
+        if abs(x) < np.float32(2**-14):  # the steps are even there
+            into_R[r] = np.rint(x * np.float32(2**24)) * np.float32(2**-24)
+        else:
+            bits = as_int(x)
+            into_R[r] = as_float((bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))) & np.int32(-0x2000))
+
+
+@compiled
+def _stand_for(units, scales, sub_R, low_sub_R, j, scale_JR, offset_JR):
+    """What the file's numbers for a sub-block stand for."""
+    _times(units[0], scales.sub_scale_Q, sub_R, np.float32(1), scale_JR[j])
+    if len(scales.sub_offset_Q):
+        _times(units[0], scales.sub_offset_Q, sub_R, np.float32(1), offset_JR[j])
+    if len(units) == 2:
+        _times(units[1], scales.sub_scale_Q, low_sub_R, np.float32(-1), offset_JR[j])
 
 
 @compiled
@@ -452,14 +459,13 @@ def _feed_on(error_TR, factor_SS, start, left_SR):
 
 @compiled
 def _sweep(
-    search, scales, unit_UEN, scale_JEN, factor_EPTT, hessian_ESS, code_CEN, negative_SEN, sub_PEN, minimum_PEN,
-    found_SEN, slope_SEN, tried_EN,
+    search, scales, unit_UEN, scale_JPEN, factor_EPTT, hessian_ESS, code_CEN, negative_SEN, sub_PEN, minimum_PEN,
+    found_SEN, slope_SEN, tried_PEN,
 ):  # fmt: skip
-    """The scales tried are SCALE_JEN where there is but one sub-block, else what is next to those there are."""
-    n_subs, (_, n_experts, n_rows) = max(1, len(sub_PEN)), found_SEN.shape
+    n_subs, n_experts, n_rows = tried_PEN.shape
     size, n_codes, n_once = len(found_SEN) // n_subs, len(code_CEN) // n_subs, len(scales.order_Q)
     has_shift, has_minimum = len(scales.sub_offset_Q) > 0, len(minimum_PEN) > 0
-    n_tries = 5 if has_minimum else 4 if has_shift else 3 if n_once else len(scale_JEN)
+    n_tries = 5 if has_minimum else 4 if has_shift else 3 if n_once else len(scale_JPEN)
     tile = tile_for(search, size, n_tries)
     scale = np.zeros((n_tries, ROWS), np.float32)
     offset = np.zeros((n_tries if has_shift or has_minimum else 0, ROWS), np.float32)
@@ -477,7 +483,6 @@ def _sweep(
             load(slope_SEN, e, first, 0, slope)
             load(code_CEN, e, first, 0, code)
             load(unit_UEN, e, first, 0, units)
-            load(scale_JEN, e, first, 0, scale[: len(scale_JEN)])
             for p in range(n_subs):
                 start, stop, factor_TT = p * size, (p + 1) * size, factor_EPTT[e, p]
                 if n_once:
@@ -486,11 +491,10 @@ def _sweep(
                         load(minimum_PEN, e, first, p, low_sub_J1R[0])
                     _near(scales, has_minimum, sub_J1R, low_sub_J1R)
                     for j in range(n_tries):
-                        _times(units[0], scales.sub_scale_Q, sub_J1R[j, 0], np.float32(1), scale[j])
-                        if has_shift:
-                            _times(units[0], scales.sub_offset_Q, sub_J1R[j, 0], np.float32(1), offset[j])
-                        if has_minimum:
-                            _times(units[1], scales.sub_scale_Q, low_sub_J1R[j, 0], np.float32(-1), offset[j])
+                        _stand_for(units, scales, sub_J1R[j, 0], low_sub_J1R[j, 0], j, scale, offset)
+                else:
+                    for j in range(n_tries):
+                        load(scale_JPEN[j], e, first, p, scale[j : j + 1])
                 # where the output error would be least, all else as it is, and by how much it would fall
                 _times_factor(factor_TT, slope[start:stop], new)
                 _squares(new, gain)
@@ -510,12 +514,11 @@ def _sweep(
                 if n_once:
                     take(sub_J1R, tried, number)
                     store(number, e, first, p, sub_PEN)
-                    if has_minimum:
-                        take(low_sub_J1R, tried, number)
-                        store(number, e, first, p, minimum_PEN)
-                else:
-                    number[0] = tried
-                    store(number, e, first, 0, tried_EN)
+                if has_minimum:
+                    take(low_sub_J1R, tried, number)
+                    store(number, e, first, p, minimum_PEN)
+                _copy_one(tried, number[0])
+                store(number, e, first, p, tried_PEN)
             store(found, e, first, 0, found_SEN)
             store(slope, e, first, 0, slope_SEN)
             store(code, e, first, 0, code_CEN)
@@ -558,6 +561,12 @@ def _minus_transposed(factor_TT, x_TR, into_TR):
             factor = factor_TT[t, u]
             for r in range(ROWS):
                 into_TR[u, r] -= factor * x_TR[t, r]
+
+
+@unaliased
+def _copy_one(from_R, into_R):
+    for r in range(ROWS):
+        into_R[r] = from_R[r]
 
 
 @unaliased
