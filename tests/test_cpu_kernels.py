@@ -1,5 +1,6 @@
 """What is compiled for the CPU against its plain references."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,10 +9,10 @@ from moe2gguf.codec import CODECS, Codec
 from moe2gguf.factors import PANEL, inverse_factor
 from moe2gguf.feedback import damped
 from moe2gguf.ggml import QuantType
-from moe2gguf.passes import Blocks
 from moe2gguf.walk import Tries, product
+from moe2gguf_kernels import passes_cpu
 from moe2gguf_kernels.walk_cpu import ROWS
-from tests.test_feedback import correlated
+from tests.test_feedback import correlated, weights_of
 from tests.walks import DAMPING, compare, factor, first_tries, hard_and_random
 
 
@@ -65,12 +66,6 @@ def columns_of_two_experts(codec: Codec) -> tuple[torch.Tensor, torch.Tensor, to
     hessian_ESS = torch.stack([torch.from_numpy(correlated(len(weight_SEN), 1.0, seed)) for seed in (0, 1)]).float()
     hessian_ESS = damped(hessian_ESS, DAMPING)
     return weight_SEN, hessian_ESS, inverse_factor(hessian_ESS)
-
-
-def weights_of(codec: Codec, blocks: Blocks) -> torch.Tensor:
-    """f32 (S, E, N)"""
-    rows = blocks.d_DEN.shape[1:]
-    return torch.cat([codec.decode(codec.pack(fields)).T.reshape(-1, *rows) for fields in blocks.fields(codec)])
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)
@@ -127,6 +122,30 @@ def test_sweeps_are_as_the_plain_one(quant_type: QuantType) -> None:
     torch.testing.assert_close(errors[1].mean(1), errors[0].mean(1), rtol=0.02, atol=1e-30)
     same_EN = (results[1][0].code_CEN == results[0][0].code_CEN).all(0)
     assert same_EN.float().mean() > 0.7
+
+
+def test_scales_are_rounded_as_f16() -> None:
+    """Zero, what f16 has no or few bits for, ties to even on both sides of a step, the largest and beyond."""
+    few = [
+        0,
+        -0.0,
+        1e-9,
+        2**-25,
+        1.5 * 2**-24,
+        6.1e-5,
+        2**-14,
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+        -0.1,
+        65504,
+        65519,
+        7e4,
+        -1e9,
+    ]
+    x_R = torch.tensor([*few, *torch.randn(ROWS - len(few), generator=torch.Generator().manual_seed(0)).tolist()])
+    found_R = np.empty(ROWS, np.float32)
+    passes_cpu._half(x_R.numpy(), found_R)
+    assert torch.equal(torch.from_numpy(found_R), x_R.clamp(-65504, 65504).half().float())
 
 
 @pytest.mark.parametrize("quant_type", CODECS, ids=lambda t: t.name)

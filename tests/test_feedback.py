@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe2gguf import factors, ggml
+from moe2gguf import backend, factors, feedback, ggml
 from moe2gguf.codec import CODECS, Codec, Fields
 from moe2gguf.feedback import ROW_DAMPING, curvature, quantize, quantize_by_rows, row_feedback
 from moe2gguf.ggml import QuantType
+from moe2gguf.passes import Blocks
+from moe2gguf.walk import product
 
 DAMPING = 0.01
 # one of each kind: levels, levels with offsets, signed scales, codebooks without signs, with even, shared and free ones
@@ -48,6 +50,12 @@ def fed_back(
     if root_KK is not None:
         costs = dataclasses.replace(costs, root_EKK=torch.from_numpy(root_KK).float()[None])
     return quantize(torch.from_numpy(weight_NK)[None], quant_type, costs, pool)[0].numpy()
+
+
+def weights_of(codec: Codec, blocks: Blocks) -> torch.Tensor:
+    """f32 (S, E, N)"""
+    rows = blocks.d_DEN.shape[1:]
+    return torch.cat([codec.decode(codec.pack(fields)).T.reshape(-1, *rows) for fields in blocks.fields(codec)])
 
 
 def damped(hessian_KK: np.ndarray) -> np.ndarray:
@@ -175,6 +183,35 @@ def test_less_error_than_ggml(quant_type: QuantType, power: float, ratio: float,
     blocks_NB = fed_back(weight_NK, quant_type, hessian_KK, pool)
     plain, found = (output_error(b, quant_type, weight_NK, hessian_KK) for b in (plain_NB, blocks_NB))
     assert found < ratio * plain
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q8_0", "MXFP4"])
+def test_columns_that_are_no_multiple_of_256(name: str, pool: ThreadPoolExecutor) -> None:
+    """Of small blocks several are taken together: here eight, and then one."""
+    quant_type, weight_NK, hessian_KK = QuantType[name], weights(64, 288), correlated(288, 1.0)
+    plain_NB = ggml.encode(weight_NK, quant_type, hessian_KK.diagonal().astype(np.float32))
+    blocks_NB = fed_back(weight_NK, quant_type, hessian_KK, pool)
+    assert blocks_NB.shape == plain_NB.shape
+    plain, found = (output_error(b, quant_type, weight_NK, hessian_KK) for b in (plain_NB, blocks_NB))
+    assert found < 0.6 * plain
+
+
+def test_scales_of_neighbours_are_fitted_together() -> None:
+    """Against least squares over the scales of a row's eight blocks, the columns' root in f64; and none near zero."""
+    codec, rng = CODECS[QuantType.IQ4_NL], torch.Generator().manual_seed(0)
+    hessian_ESS = torch.from_numpy(correlated(256, 1.0)).float()[None]
+    weight_SEN = torch.randn(256, 1, 5, generator=rng)
+    blocks, found_SEN, _ = backend.first_pass(codec, weight_SEN, torch.eye(256)[None])
+    slope_SEN = product(hessian_ESS, found_SEN - weight_SEN)
+    after, after_SEN = feedback._refit(codec, blocks, found_SEN, slope_SEN, hessian_ESS)
+    root_SS = np.linalg.cholesky(hessian_ESS[0].double().numpy())
+    for n in range(5):
+        parts_DS = np.zeros((8, 256))
+        for d in range(8):
+            parts_DS[d, 32 * d : 32 * d + 32] = found_SEN[32 * d : 32 * d + 32, 0, n].double()
+        share_D = np.linalg.lstsq((parts_DS @ root_SS).T, weight_SEN[:, 0, n].double().numpy() @ root_SS)[0]
+        np.testing.assert_allclose(after.d_DEN[:, 0, n], blocks.d_DEN[:, 0, n].double() * share_D, rtol=2e-3)
+    torch.testing.assert_close(after_SEN, weights_of(codec, after), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("quant_type", KINDS, ids=lambda t: t.name)
