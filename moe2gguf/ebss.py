@@ -5,8 +5,8 @@ The paper searches with beams, kept by -log P(S) / len(S) + σ(S) / τ, where
     σ(S) = mean over layers of sqrt(Σ_e (u_e - ū)² / (E - 1)),  u_e the share of selections that went to expert e,
 
 and the likelihood draws all beams to what the model says most often, soon to repetitions. Here every beam draws its
-tokens from the model's own distribution, which is what P is for, and after every 128 tokens all go on from the one
-that, with all text before it, uses the experts most evenly. What repeats itself is rejected.
+tokens from the model's own distribution, which is what P is for, and after every 128 tokens all of a sequence's go on
+from the one that, with all other text, uses the experts most evenly. What repeats itself is rejected.
 
 Shapes: G sequences at a time, W beams of each, L layers, E experts, K selected, T tokens of a batch.
 """
@@ -26,6 +26,8 @@ from moe2gguf.text import CalibrationText
 BEAMS = 4
 # tokens that a beam goes by itself: choosing more often makes the text more even, and files calibrated on it worse
 SEGMENT_TOKENS = 128
+# of choosing among the beams of all sequences
+MAX_ROUNDS = 8
 # of a text's runs of so many tokens, at most that share may have been there before
 REPEATED_RUN, REPEATED_SHARE = 8, 0.3
 # so many texts may be rejected for each that is kept
@@ -164,7 +166,20 @@ class _Beams:
             self._follow_the_best()
 
     def _best_G(self) -> np.ndarray:
-        return balance(self._counts_GWLE + self._before_LE).argmin(1)
+        """The beams that together, and with all text before, use the experts most evenly: of each sequence in turn, all
+        others as they are, until none changes. Before that a sequence counts as its beams do on average."""
+        held_GLE, best_G = self._counts_GWLE.mean(1), np.full(self.n_groups, -1)
+        total_LE = self._before_LE + held_GLE.sum(0)
+        for _ in range(MAX_ROUNDS):
+            before_G = best_G.copy()
+            for g, own_WLE in enumerate(self._counts_GWLE):
+                rest_LE = total_LE - held_GLE[g]
+                best_G[g] = balance(rest_LE + own_WLE).argmin()
+                held_GLE[g] = own_WLE[best_G[g]]
+                total_LE = rest_LE + held_GLE[g]
+            if (best_G == before_G).all():
+                break
+        return best_G
 
     def _follow_the_best(self) -> None:
         lib, memory = self._model.lib, self._model.lib.llama_get_memory(self._model.context)

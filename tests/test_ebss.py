@@ -98,6 +98,18 @@ def test_text_is_more_even_than_plain_samples(writer: Path, monkeypatch: pytest.
     assert balanced.balance < 0.8 * plain.balance
 
 
+def test_beams_are_chosen_together() -> None:
+    """One leaning each way is even, though of each sequence the third beam is by itself."""
+    beams = object.__new__(ebss._Beams)
+    beams.n_groups = 2
+    beams._counts_GWLE = np.array([[[[8.0, 2]], [[2, 8]], [[7, 3]]]] * 2)
+    beams._before_LE = np.zeros((1, 2))
+    assert beams._best_G().tolist() == [1, 0]
+    # what is there already counts
+    beams._before_LE = np.array([[14.0, 2]])
+    assert beams._best_G().tolist() == [1, 1]
+
+
 def test_seeds_decide(writer: Path) -> None:
     first, again, other = write(writer), write(writer), write(writer, seed=1)
     assert np.array_equal(first.text.tokens_SL, again.text.tokens_SL)
