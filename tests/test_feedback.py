@@ -210,7 +210,8 @@ def test_scales_of_neighbours_are_fitted_together() -> None:
         for d in range(8):
             parts_DS[d, 32 * d : 32 * d + 32] = found_SEN[32 * d : 32 * d + 32, 0, n].double()
         share_D = np.linalg.lstsq((parts_DS @ root_SS).T, weight_SEN[:, 0, n].double().numpy() @ root_SS)[0]
-        np.testing.assert_allclose(after.d_DEN[:, 0, n], blocks.d_DEN[:, 0, n].double() * share_D, rtol=2e-3)
+        expected_D = blocks.d_DEN[:, 0, n].double().numpy() * share_D
+        np.testing.assert_allclose(after.d_DEN[:, 0, n].numpy(), expected_D, rtol=2e-3)
     torch.testing.assert_close(after_SEN, weights_of(codec, after), rtol=1e-5, atol=1e-6)
 
 
