@@ -476,7 +476,7 @@ def _sweep(
     new_code, new = np.empty((n_codes, ROWS), np.int32), np.empty((size, ROWS), np.float32)
     target, moved = np.empty((size, ROWS), np.float32), np.empty((size, ROWS), np.float32)
     gain = np.empty(ROWS, np.float32)
-    better, tried, number = np.empty(ROWS, np.int32), np.empty(ROWS, np.int32), np.empty((1, ROWS), np.int32)
+    better, tried, number = np.empty(ROWS, np.int32), np.empty((1, ROWS), np.int32), np.empty((1, ROWS), np.int32)
     for e in range(n_experts):
         for first in range(0, n_rows, ROWS):
             load(found_SEN, e, first, 0, found)
@@ -503,7 +503,7 @@ def _sweep(
                 walk_tile(search, target, scale, offset, factor_TT, tile)
                 take(tile.error_JTR, tile.tried_R, new)
                 _minus_transposed(factor_TT, new, target)
-                _decide(tile.loss_JR, tile.tried_R, gain, better, tried)
+                _decide(tile.loss_JR, tile.tried_R, gain, better, tried[0])
                 _move(target, better, found[start:stop], moved)
                 _bend(hessian_ESS[e], start, moved, slope)
                 take(tile.code_JCR, tile.tried_R, new_code)
@@ -512,13 +512,12 @@ def _sweep(
                     take(tile.sign_JTR, tile.tried_R, new)
                     _put_signs(new, better, e, first, start, negative_SEN)
                 if n_once:
-                    take(sub_J1R, tried, number)
+                    take(sub_J1R, tried[0], number)
                     store(number, e, first, p, sub_PEN)
                 if has_minimum:
-                    take(low_sub_J1R, tried, number)
+                    take(low_sub_J1R, tried[0], number)
                     store(number, e, first, p, minimum_PEN)
-                _copy_one(tried, number[0])
-                store(number, e, first, p, tried_PEN)
+                store(tried, e, first, p, tried_PEN)
             store(found, e, first, 0, found_SEN)
             store(slope, e, first, 0, slope_SEN)
             store(code, e, first, 0, code_CEN)
@@ -561,12 +560,6 @@ def _minus_transposed(factor_TT, x_TR, into_TR):
             factor = factor_TT[t, u]
             for r in range(ROWS):
                 into_TR[u, r] -= factor * x_TR[t, r]
-
-
-@unaliased
-def _copy_one(from_R, into_R):
-    for r in range(ROWS):
-        into_R[r] = from_R[r]
 
 
 @unaliased
