@@ -20,6 +20,7 @@ from torch import nn
 
 from moe2gguf.backward import backward
 from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample_tokens, tokens_of
+from moe2gguf.dtypes import DTYPES
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.interim import Interim, Passed
@@ -67,6 +68,7 @@ def calibrate(
         n_tokens=text.tokens_SL.size,
         n_probe_tokens=n_probe_sequences * length,
         seed=seed,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == stream.dtype),
         tokens_SL=text.tokens_SL.astype(np.int32),
         text=text.origin,
         digest=text.digest,

@@ -35,7 +35,7 @@ class MatrixCapture:
             handle.remove()
 
     def see(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x_TK = args[0].reshape(-1, args[0].shape[-1])
+        x_TK = args[0].reshape(-1, args[0].shape[-1]).float()
         self._sq_sum_K += x_TK.square().sum(0)
         self.n_tokens += len(x_TK)
         # off the first tokens of sequences, whose states are unlike all others
@@ -85,11 +85,11 @@ class ExpertCapture:
         hidden, ids, gates = (x.detach() for x in (*args, *kwargs.values())[:3])
         # Gemma 4 normalises for each; in others it is the same memory
         if self._at_router is not None and self._at_router.data_ptr() != hidden.data_ptr():
-            self._scored.append(self._at_router.reshape(-1, self._at_router.shape[-1]).clone())
+            self._scored.append(_rows(self._at_router))
         self._at_router = None
-        self._x.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+        self._x.append(_rows(hidden))
         self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
-        self._gates.append(gates.reshape(-1, gates.shape[-1]).float().clone())
+        self._gates.append(_rows(gates))
 
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x f32 (T, D), ids i64 (T, K), gate weights as applied f32 (T, K)."""
@@ -132,10 +132,15 @@ class GradedCapture(ExpertCapture):
         return [*super()._hooks(), self._module.register_forward_hook(self._await_gradient)]
 
     def _await_gradient(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-        output.register_hook(lambda gradient: self._gradients.append(gradient.reshape(-1, gradient.shape[-1]).clone()))
+        output.register_hook(lambda gradient: self._gradients.append(_rows(gradient)))
 
     def gradient_TD(self) -> torch.Tensor:
         return _joined(self._gradients)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """A copy, f32 (T, columns)."""
+    return x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -156,6 +156,14 @@ calibration_options = _together(
         help="How a layer's experts compare: by their output errors weighed by the loss's gradient, or by these alone. "
         "Gradients also let an expert's rows make up for each other's errors.",
     ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "f32", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="What the model is run in. auto: bf16 for models of a billion parameters or more stored in it, where this "
+        "processor is faster so; else f32.",
+    ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
     click.option(
         "--work",
@@ -333,6 +341,7 @@ def _calibration(options: dict[str, Any]):
         sequence_tokens=options["length"],
         n_probe_tokens=options["probe_tokens"],
         sensitivity=options["sensitivity"],
+        dtype=options["dtype"],
         seed=options["seed"],
     )
 
@@ -479,6 +488,7 @@ def _open(model: str, options: dict[str, Any]):
 def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
     from moe2gguf import pipeline
+    from moe2gguf.dtypes import DTYPES, settled
 
     calibration, source = _calibration(options), _open(model, options)
     with progress_display() as progress:
@@ -490,7 +500,8 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
             progress,
             _note,
         )
-        pipeline.prune(source, share, folder, pipeline.request_digest(source, calibration), text, progress, _note)
+        request, dtype = pipeline.request_digest(source, calibration), DTYPES[settled(calibration.dtype, source)]
+        pipeline.prune(source, share, folder, request, text, progress, _note, dtype)
     click.echo(folder)
 
 

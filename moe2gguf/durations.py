@@ -52,6 +52,7 @@ class Rates:
     """Of this machine, on all cores."""
 
     matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
+    layer_flops: float  # the same in what the model is run in
     encoded_weights: float  # per second, by ggml
     probed_weights: float  # per second, by ggml in each of the probes' types
     fed_back_weights: float  # per second and thread, with error feedback, second moments factored
@@ -59,7 +60,8 @@ class Rates:
     draw_seconds: float  # of one logit
 
 
-def measured_rates(source: Source, n_threads: int) -> Rates:
+def measured_rates(source: Source, n_threads: int, dtype: torch.dtype = torch.float32) -> Rates:
+    """`dtype`: what the model is run in."""
     expert = next(t for t in source.tensors if "ffn_down" in t.name and is_of_experts(t))
     _, n_hidden, n_intermediate = expert.shape
     hidden_TD = torch.ones(TEXT_TOKENS, n_hidden)
@@ -68,10 +70,15 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
     flops = 2 * EXPERT_TOKENS * (gate_up_DI.numel() + down_ID.numel())
     n_times = max(2, int(MATMUL_FLOPS / flops))
 
-    def run_expert() -> None:
-        for _ in range(n_times):
-            gate_nI, up_nI = (hidden_TD[token_n] @ gate_up_DI).chunk(2, 1)
-            hidden_TD.index_add_(0, token_n, torch.nn.functional.silu(gate_nI) * up_nI @ down_ID)
+    def expert_flops(dtype: torch.dtype) -> float:
+        first_DI, last_ID = gate_up_DI.to(dtype), down_ID.to(dtype)
+
+        def run() -> None:
+            for _ in range(n_times):
+                gate_nI, up_nI = (hidden_TD[token_n].to(dtype) @ first_DI).chunk(2, 1)
+                hidden_TD.index_add_(0, token_n, (torch.nn.functional.silu(gate_nI) * up_nI @ last_ID).float())
+
+        return n_times * flops / _seconds(run)
 
     random = np.random.default_rng(0)
     weight_NK = random.standard_normal((ENCODED_ROWS, ENCODED_COLUMNS), np.float32)
@@ -94,7 +101,8 @@ def measured_rates(source: Source, n_threads: int) -> Rates:
         feed_back(1)
         one_thread = _seconds(lambda: feed_back(FED_BACK_ROWS))
     return Rates(
-        matmul_flops=n_times * flops / _seconds(run_expert),
+        matmul_flops=(matmul_flops := expert_flops(torch.float32)),
+        layer_flops=matmul_flops if dtype == torch.float32 else expert_flops(dtype),
         encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
         probed_weights=n_threads * weight_NK.size / _seconds(probe),
         fed_back_weights=fed_back_ENK.numel() / one_thread,
@@ -116,19 +124,20 @@ def calibration_seconds(
     n_tokens = calibration.n_sequences * length
     # a branch runs through half of the layers on average
     n_branch_tokens = n_branches(table) * calibration.n_probe_tokens
-    flops = _layers_flops(source, length) * (n_tokens * (2 if pruned else 1) + n_branch_tokens / 2)
-    flops += _head_flops(source) * n_branch_tokens
+    layers, head = _layers_seconds(source, length, rates), _head_flops(source) / rates.matmul_flops
+    seconds = layers * (n_tokens * (2 if pruned else 1) + n_branch_tokens / 2) + head * n_branch_tokens
     n_encoded = 0
     for unit in table.units:
         most = MAX_MATRIX_ROWS if unit.expert is None else len(unit.tensors) * MAX_ERROR_ROWS
         n_encoded += len(CANDIDATES) * unit.n_columns * min(unit.n_rows, most)
     if calibration.sensitivity == "gradient":  # forward, forward again for what is kept, and back
         n_graded = min(n_tokens, GRADED_TOKENS)
-        flops += 4 * n_graded * (_layers_flops(source, length) + _head_flops(source))
-        flops += 2 * n_graded * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
+        seconds += 4 * n_graded * (layers + head)
+        moments = 2 * n_graded * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
+        seconds += moments / rates.matmul_flops
     written = 0.0 if calibration.text_paths else _writing_seconds(source, calibration, length, rates)
     encoded = n_encoded / rates.encoded_weights + source.n_params / rates.probed_weights
-    return written + flops / rates.matmul_flops + encoded
+    return written + seconds + encoded
 
 
 def _writing_seconds(source: Source, calibration: Calibration, length: int, rates: Rates) -> float:
@@ -139,7 +148,7 @@ def _writing_seconds(source: Source, calibration: Calibration, length: int, rate
     n_bytes = source.n_params * BITS_OF_WRITER / 8
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes else DISK_BYTES_PER_SECOND)
-    flops = n_sequences * length * (_layers_flops(source, length) + _head_flops(source))
+    flops = n_sequences * length * (_layers_flops(source) + _attention_flops(source, length) + _head_flops(source))
     n_threads = 1 if n_bytes < ONE_THREAD_FILE_BYTES else torch.get_num_threads()
     computed = flops / (rates.matmul_flops * n_threads / torch.get_num_threads())
     drawn = n_sequences * length * _vocabulary(source) * rates.draw_seconds
@@ -157,7 +166,7 @@ def quantise_seconds(
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
     n_routed = n_tokens * source.n_expert_used + source.n_expert * LAYER_SAMPLE_TOKENS
-    layers, head, flops = _layers_flops(source, length), _head_flops(source), 0.0
+    layers, head, flops = _layers_seconds(source, length, rates), _head_flops(source) / rates.matmul_flops, 0.0
     n_moe_layers, n_fed_back, n_sampled, n_columns = 0, 0, 0.0, []
     # all of the text through each matrix beside the experts; queries, keys and values are given the same
     n_columns_beside = []
@@ -188,9 +197,9 @@ def quantise_seconds(
             n_sampled += EMBEDDING_SAMPLE_ROWS * tensor.shape[1]
             n_columns_beside.append(tensor.shape[1])
     # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
-    flops += 3.5 * n_tokens * layers
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
-    seconds = sum(
+    seconds = 3.5 * n_tokens * layers
+    seconds += sum(
         n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3
         for n_matrices, own in ((source.n_expert, n_columns), (1, n_columns_beside))
         for n in own
@@ -200,15 +209,15 @@ def quantise_seconds(
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]
-        flops += 2.5 * n_tokens * layers + n_moe_layers * (
+        flops += n_moe_layers * (
             2 * source.n_expert * min(n_tokens, MAX_TOKENS) * n_hidden**2
             + 2 * len(ROUTER_DAMPINGS) * source.n_expert * n_hidden**3 / 3
-            # held-out tokens, a branch for each layer
-            + n_held_out * (layers / 2 + head)
         )
+        # held-out tokens, a branch for each layer
+        seconds += 2.5 * n_tokens * layers + n_moe_layers * n_held_out * (layers / 2 + head)
     if quantizer.tuning:  # forward, forward again for what is kept, and back, by activations and weights; then trials
-        flops += 4 * min(PASSES * n_tokens, N_STEPS * MAX_STEP_TOKENS) * (layers + head) + n_tokens * layers
-        flops += source.n_layer * n_held_out * (layers / 2 + head)
+        seconds += 4 * min(PASSES * n_tokens, N_STEPS * MAX_STEP_TOKENS) * (layers + head) + n_tokens * layers
+        seconds += source.n_layer * n_held_out * (layers / 2 + head)
     n_others = source.n_params - n_fed_back
     return (
         seconds
@@ -232,15 +241,24 @@ def is_of_experts(tensor: SourceTensor) -> bool:
     return expert_axis(tensor.name) is not None and tensor.quantisable
 
 
-def _layers_flops(source: Source, length: int) -> float:
-    """Of one token through all layers."""
-    flops, share = 0.0, source.n_expert_used / source.n_expert
-    for tensor in source.tensors:
-        if layer_of(tensor.name) is not None:
-            flops += 2 * prod(tensor.shape) * (share if is_of_experts(tensor) else 1)
-            if tensor.name.endswith("attn_output.weight"):  # its columns are all heads' values
-                flops += 4 * length * tensor.shape[1]
-    return flops
+def _layers_seconds(source: Source, length: int, rates: Rates) -> float:
+    """Of one token through all layers. Attention is as fast in 16 bits as in 32."""
+    return _layers_flops(source) / rates.layer_flops + _attention_flops(source, length) / rates.matmul_flops
+
+
+def _layers_flops(source: Source) -> float:
+    """Of one token with all layers' matrices."""
+    share = source.n_expert_used / source.n_expert
+    return sum(
+        2 * prod(tensor.shape) * (share if is_of_experts(tensor) else 1)
+        for tensor in source.tensors
+        if layer_of(tensor.name) is not None
+    )
+
+
+def _attention_flops(source: Source, length: int) -> float:
+    """Of one token; the output's columns are all heads' values."""
+    return sum(4 * length * t.shape[1] for t in source.tensors if t.name.endswith("attn_output.weight"))
 
 
 def _head_flops(source: Source) -> float:

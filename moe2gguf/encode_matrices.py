@@ -66,7 +66,7 @@ class InputMoments:
             self._sums[name] = self._sums[self._last[0]]
             return
         self._last = name, x_SLK
-        x_TK = x_SLK.reshape(-1, x_SLK.shape[-1])
+        x_TK = x_SLK.reshape(-1, x_SLK.shape[-1]).float()
         if name not in self._sums:
             self._sums[name] = Sums.zeros(x_TK.shape[1])
         self._sums[name].add(x_TK)

@@ -5,6 +5,9 @@ transformers 5 fuses the experts of some seventy architectures into gate_up_proj
 rows come before up rows, which is also the order in the GGUF. Where there is no gate, as in Nemotron's, up is all of
 gate_up.
 
+The module may hold them in bfloat16 (stream.py): what is asked for here is float32 all the same, products computed in
+the module's type.
+
 Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per token, n tokens of one expert.
 """
 
@@ -59,11 +62,11 @@ class ExpertBlock:
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """f32 (2I, D), gate rows first, or (I, D). May share storage with the module."""
-        return self.gate_up_rows(self.gate_up_proj[expert])
+        return self.gate_up_rows(self.gate_up_proj[expert]).float()
 
     def down(self, expert: int) -> torch.Tensor:
         """f32 (D, I). May share storage with the module."""
-        return self.down_rows(self.module.down_proj[expert])
+        return self.down_rows(self.module.down_proj[expert]).float()
 
     def gate_up_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """An expert's as the module has it -> as `gate_up`."""
@@ -91,7 +94,7 @@ class ExpertBlock:
     def activation(self, expert: int, x_nD: torch.Tensor) -> torch.Tensor:
         """f32 (n, D) -> f32 (n, I): the input of the down projection."""
         gate_up = self.gate_up_proj[expert]
-        out = x_nD @ (gate_up if self.module.is_transposed else gate_up.T)
+        out = _product(x_nD, gate_up if self.module.is_transposed else gate_up.T)
         if self.module.has_bias:
             out = out + getattr(self.module, f"{self.gate_up_name}_bias")[expert]
         return self._activated(out)
@@ -105,7 +108,7 @@ class ExpertBlock:
 
     def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """f32 (n, D) -> what each of the first matrices gives, f32 (n, I), biases added."""
-        parts = (x_nD @ self.gate_up(expert).T).chunk(len(self.first), dim=-1)
+        parts = _product(x_nD, self.gate_up_rows(self.gate_up_proj[expert]).T).chunk(len(self.first), dim=-1)
         return tuple(part_nI + bias for part_nI, bias in zip(parts, self.first_biases(expert), strict=True))
 
     def activated(self, *parts_nI: torch.Tensor) -> torch.Tensor:
@@ -131,8 +134,59 @@ class ExpertBlock:
 
     def output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
         """f32 (n, I) -> f32 (n, D), before the gate weight."""
-        out = hidden_nI @ self.down(expert).T
+        out = _product(hidden_nI, self.down_rows(self.module.down_proj[expert]).T)
         return out + self.module.down_proj_bias[expert] if self.module.has_bias else out
+
+    def forward(self, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+        """As the module's, for passes with gradients. Its own makes one by all tokens for every expert, to add up: with
+        many experts that takes as long as the products do; here they share one."""
+        shared: list[torch.Tensor] = []
+        hidden_TD = _Shared.apply(hidden_TD, shared)
+        order_S = ids_TK.flatten().argsort(stable=True)
+        n_tokens_E = torch.bincount(ids_TK.flatten(), minlength=self.n_experts)
+        total_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+        for expert, slot_n in enumerate(order_S.split(n_tokens_E.tolist())):
+            if len(slot_n):
+                token_n = slot_n // ids_TK.shape[1]
+                output_nD = self.output(expert, self.activation(expert, _Taken.apply(hidden_TD, token_n, shared)))
+                total_TD.index_add_(0, token_n, output_nD * gates_TK.flatten()[slot_n, None])
+        return total_TD.to(hidden_TD.dtype)
+
+
+class _Shared(torch.autograd.Function):
+    """Hands on hidden states, and back the gradient by them that is in the list when all who took of them are done."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: torch.Tensor, gradient: list[torch.Tensor]) -> torch.Tensor:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
+        return hidden_TD.view_as(hidden_TD)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient_TD: None) -> tuple[torch.Tensor | None, None]:
+        return ctx.gradient.pop() if ctx.gradient else None, None
+
+
+class _Taken(torch.autograd.Function):
+    """Some tokens' hidden states, whose gradients are added to the shared one."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: torch.Tensor, token_n: torch.Tensor, gradient: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(token_n)
+        ctx.shape, ctx.gradient = hidden_TD.shape, gradient
+        return hidden_TD[token_n]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_nD: torch.Tensor) -> tuple[None, None, None]:
+        if not ctx.gradient:
+            ctx.gradient.append(gradient_nD.new_zeros(ctx.shape))
+        ctx.gradient[0].index_add_(0, *ctx.saved_tensors, gradient_nD)
+        return None, None, None
+
+
+def _product(x_nK: torch.Tensor, weight_KN: torch.Tensor) -> torch.Tensor:
+    """f32 (n, N)"""
+    return (x_nK.to(weight_KN.dtype) @ weight_KN).float()
 
 
 def find_experts(layer: nn.Module) -> ExpertBlock | None:

@@ -20,6 +20,7 @@ from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
+from moe2gguf.dtypes import DTYPES, settled
 from moe2gguf.ebss import balance, balanced_text
 from moe2gguf.encode_experts import describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
@@ -125,7 +126,8 @@ def convert(
         if recipe is None:
             provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
         folder = pruned_folder(source, prune_share, work)
-        prune(source, prune_share, folder, request_digest(source, calibration), text, progress, note)
+        dtype = DTYPES[settled(calibration.dtype, source)]
+        prune(source, prune_share, folder, request_digest(source, calibration), text, progress, note, dtype)
         source, work = opened(folder), folder.parent
     target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
     provisional = provisional_allocation(source, budget, choice) if recipe is None else recipe.allocation
@@ -145,6 +147,7 @@ def convert(
         allocation, plan = recipe.allocation, plan_file(source, table, recipe.allocation, stats)
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
     paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
+    calibration = dataclasses.replace(calibration, dtype=stats.dtype)
     recipe = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
     return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt", recipe)
 
@@ -217,7 +220,7 @@ def _quantised(
         if tensor.name in modules and tensor.quant_type in CANDIDATES
     }
     spool = spool_for(work, stats, quantizer, types, matrices)
-    stream = LayerStream(source.path)
+    stream = LayerStream(source.path, DTYPES[stats.dtype])
     encode_experts(
         stream,
         stats.tokens_SL,
@@ -333,7 +336,7 @@ def calibrated(
         encoding="utf-8",
     )
     stats = calibrate(
-        LayerStream(source.path),
+        LayerStream(source.path, DTYPES[settled(calibration.dtype, source)]),
         found,
         CANDIDATES,
         source_sha256=source_digest(source),
@@ -602,7 +605,8 @@ def request_digest(source: Source, calibration: Calibration) -> str:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
             raise Moe2ggufError(f"cannot read the calibration text {path}: {error.strerror}") from error
-    digest.update(repr(dataclasses.replace(calibration, text_paths=())).encode())
+    asked = dataclasses.replace(calibration, text_paths=(), dtype=settled(calibration.dtype, source))
+    digest.update(repr(asked).encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 import gguf
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from moe2gguf.allocate import Allocation, describe_speed, reachable_bytes
 from moe2gguf.backward import INPUTS_BYTES, LOGITS_CHUNK_TOKENS
 from moe2gguf.calibrate import BATCH_TOKENS, GRADED_TOKENS
 from moe2gguf.costs import CostTable, cost_table
+from moe2gguf.dtypes import DTYPES, settled
 from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
 from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES, LAYER_SAMPLE_TOKENS, MAX_EXPERT_TOKENS
@@ -60,8 +62,8 @@ LOGIT_BYTES = 24
 LOSS_COPIES = 6
 # what threads' allocators keep of what is freed, measured
 RETAINED = 1.12
-# a layer while its experts are fused, as a multiple of it in f32: they lie there twice in 16 bits, or nearly so
-LOADING = 1.65
+# a layer while its experts are fused, as a multiple of it as it is held: they lie there twice in 16 bits, or nearly so
+LOADING = {torch.float32: 1.65, torch.bfloat16: 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class ConversionPlan:
     measured: bool  # whether the allocation rests on statistics, or on a rule of thumb
     reachable_bytes: tuple[int, int]
     roles: tuple[RoleShare, ...]
+    dtype: str  # what the model is run in, a key of DTYPES
     calibration_ram_bytes: int
     quantise_ram_bytes: int
     disk_bytes: int
@@ -122,7 +125,8 @@ def make_plan(
         speeds = speeds_for(source, choice, work, n_threads or available_cores(), save=False)
     allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
     length = sequence_length(source, calibration)
-    rates = measured_rates(source, n_threads or available_cores())
+    dtype = DTYPES[run_in := settled(calibration.dtype, source)]
+    rates = measured_rates(source, n_threads or available_cores(), dtype)
     # hyper-connections: several streams of hidden states
     n_streams = source.hparams.get("hc_mult", source.hparams.get("hc_count", 1))
     width = n_streams * source.tensor("token_embd.weight").shape[1]
@@ -130,7 +134,8 @@ def make_plan(
     # what routers are given, where that is not what experts are
     scored = hidden if any(re.search(r"ffn_gate_inp\.scale|ffn_latent_down", t.name) for t in source.tensors) else 0
     branches_bytes = int(n_branches(table) * calibration.n_probe_tokens / (calibration.n_sequences * length) * hidden)
-    layer_bytes, outer_bytes = (n * F32_BYTES for n in (_largest_layer_params(source), _outer_params(source)))
+    layer_bytes, outer_bytes = _layer_bytes(source, dtype), F32_BYTES * _outer_params(source)
+    loading_bytes = LOADING[dtype] * layer_bytes
     # what down projections of an expert are given, and how many experts are quantised at a time
     widest, expert = _widest_expert(source), next(t for t in source.tensors if "ffn_down_exps" in t.name)
     n_expert_tokens = source.n_expert_used / source.n_expert * calibration.n_sequences * length + LAYER_SAMPLE_TOKENS
@@ -145,10 +150,10 @@ def make_plan(
     vocabulary = source.tensor("token_embd.weight")
     logits_bytes = LOSS_COPIES * LOGITS_CHUNK_TOKENS * vocabulary.shape[0] * F32_BYTES
     calibration_bytes = min(branches_bytes, BRANCHES_BYTES) + max(
-        LOADING * layer_bytes + hidden,
+        loading_bytes + hidden,
         # the stream, what the experts are given of it, and that once more while it is put together or squared; experts
         # in 16 bits while they are probed
-        4 / 3 * layer_bytes + 3 * hidden + scored,
+        (1 + 4 / 3 / dtype.itemsize) * layer_bytes + 3 * hidden + scored,
         # the head, and in 16 bits while it is probed
         outer_bytes + prod(vocabulary.shape) * F32_BYTES / 2 + hidden + logits_bytes,
     )
@@ -173,6 +178,7 @@ def make_plan(
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
         roles=roles,
+        dtype=run_in,
         calibration_ram_bytes=int(BASE_BYTES + writer_bytes + max(RETAINED * calibration_bytes, sampled_bytes)),
         quantise_ram_bytes=int(
             BASE_BYTES
@@ -183,7 +189,7 @@ def make_plan(
                 + max(
                     2 * largest_tensor,
                     outer_bytes + 2 * hidden,
-                    LOADING * layer_bytes + 2 * hidden,
+                    loading_bytes + 2 * hidden,
                     # second moments of what each of its matrices is given, and one of them with its factor
                     layer_bytes + 3 * hidden + _beside_bytes(source),
                     # what the experts are given by two streams, which lie on disk; of a chunk what down projections are
@@ -192,7 +198,7 @@ def make_plan(
                     + 2 * (hidden + scored)
                     + min(2 * hidden, AWAY_BYTES)
                     + n_chunk * (1.5 * inputs + _fed_back_bytes(expert.shape[1], expert.shape[2], n_chunk)),
-                    _tuning_bytes(source, calibration.n_sequences, length) if quantizer.tuning else 0,
+                    _tuning_bytes(source, calibration.n_sequences, length, dtype) if quantizer.tuning else 0,
                 )
             )
         ),
@@ -252,11 +258,12 @@ def _roles(source: Source, table: CostTable, allocation: Allocation) -> tuple[Ro
     return tuple(RoleShare(r, params[r], n_bytes[r], tuple(sorted(types[r].items()))) for r in sorted(params))
 
 
-def _largest_layer_params(source: Source) -> int:
+def _layer_bytes(source: Source, dtype: torch.dtype) -> int:
+    """Of the largest layer, as the stream holds it."""
     per_layer = Counter[int]()
     for tensor in source.tensors:
         if (layer := layer_of(tensor.name)) is not None:
-            per_layer[layer] += prod(tensor.shape)
+            per_layer[layer] += prod(tensor.shape) * (dtype.itemsize if is_of_experts(tensor) else F32_BYTES)
     return max(per_layer.values())
 
 
@@ -274,7 +281,7 @@ def _fed_back_bytes(n_hidden: int, n_intermediate: int, n_chunk: int) -> int:
     return F32_BYTES * max(gate_up, (7 + sides // 2) * n_intermediate**2 + matrix)
 
 
-def _tuning_bytes(source: Source, n_sequences: int, length: int) -> float:
+def _tuning_bytes(source: Source, n_sequences: int, length: int, dtype: torch.dtype) -> float:
     """Layer, or head, as the file has it, on the way back of a step; or as the model's own stream goes through it."""
     vocabulary = source.tensor("token_embd.weight").shape
     head_bytes = F32_BYTES * prod(vocabulary)
@@ -285,11 +292,11 @@ def _tuning_bytes(source: Source, n_sequences: int, length: int) -> float:
     )
     # Adam's two moments, gradient, value, and value at first of each super-block's scale
     states = 5 * F32_BYTES * source.n_params / gguf.QK_K
-    layer_bytes = F32_BYTES * _largest_layer_params(source)
+    layer_bytes = _layer_bytes(source, dtype)
     return states + max(
         # two streams, one of them on disk later; embedding and head lie there while text is embedded
         F32_BYTES * _outer_params(source) + head_bytes + 2 * hidden,
-        LOADING * layer_bytes + hidden + min(hidden, AWAY_BYTES / 2),
+        LOADING[dtype] * layer_bytes + hidden + min(hidden, AWAY_BYTES / 2),
         min(2 * hidden, AWAY_BYTES)
         + min(source.n_layer * step, INPUTS_BYTES)
         + 4 * step
@@ -359,6 +366,7 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
         head.add_row("coverage", f"{plan.cold_experts} experts saw fewer than 32 calibration tokens")
     else:
         head.add_row("types", "provisional: without statistics all weights count alike; calibration decides")
+    head.add_row("run in", plan.dtype)
     head.add_row(
         "memory",
         f"calibration {plan.calibration_ram_bytes / GIB:.1f} GiB, quantisation {plan.quantise_ram_bytes / GIB:.1f} GiB",

@@ -173,7 +173,7 @@ def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, 
 @contextmanager
 def _restored(weight: torch.Tensor) -> Iterator[None]:
     """Whatever happens to the weight inside, its exact values come back: out of 16 bits where those hold them."""
-    exact = weight.bfloat16()
+    exact = weight.to(torch.bfloat16, copy=True)
     if not all(torch.equal(half.float(), whole) for half, whole in zip(exact, weight, strict=True)):
         exact = weight.clone()
     try:

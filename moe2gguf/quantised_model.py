@@ -211,7 +211,7 @@ def _adding(scales: tuple[nn.Parameter | None, ...], rows: Callable[[torch.Tenso
         weight.grad = None
         for scale_NS, moved_NK in zip(scales, moved.chunk(len(scales)), strict=True):
             if scale_NS is not None:
-                by_scale_NS = moved_NK.reshape(*scale_NS.shape, -1).sum(-1) / scale_NS
+                by_scale_NS = moved_NK.reshape(*scale_NS.shape, -1).sum(-1, dtype=torch.float32) / scale_NS
                 scale_NS.grad = by_scale_NS if scale_NS.grad is None else scale_NS.grad + by_scale_NS
 
     return add

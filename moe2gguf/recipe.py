@@ -17,7 +17,7 @@ from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.skip import Skipping
 from moe2gguf.stats import CalibrationStats
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Calibration:
     # how experts of a layer compare: "probe", by their errors | "gradient", by these weighed by the loss's, which also
     # lets an expert's rows, and embeddings, be quantised under its second moments
     sensitivity: str = "gradient"
+    # what products of layers are computed in, here and in quantisation: a key of DTYPES, or "auto"
+    dtype: str = "auto"
     seed: int = 0
 
 

@@ -20,8 +20,8 @@ from moe2gguf.ggml import QuantType
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 # of the file, and of what it says: raised when the same text gives other statistics
-FORMAT_VERSION = 7
-_HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request")
+FORMAT_VERSION = 8
+_HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "dtype", "text", "digest", "request")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ class CalibrationStats:
     n_tokens: int
     n_probe_tokens: int
     seed: int
+    dtype: str  # what products were computed in, a key of DTYPES
     tokens_SL: np.ndarray  # i32: the text, which quantisation runs through the model once more
     text: str  # where the tokens came from: file names, or "self-sampled"
     digest: str  # sha256 of the token ids

@@ -6,6 +6,10 @@ do their work around hidden states we keep ourselves. Real layers are filled fro
 emptied after, through transformers' weight conversion, which also fuses experts to one interface. So are embedding and
 head, which lie in memory only where there is no layer. Of a model that sees pictures too there is the text's part.
 
+Hidden states are float32. Products of layers are, too, or they are in bfloat16, as the model was trained and as torch's
+autocast has it: experts are held in that, which is most of a layer; routers, whose scores decide between experts, norms
+and the head stay in float32.
+
 Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 """
 
@@ -113,9 +117,10 @@ def auto_class(config: transformers.PreTrainedConfig) -> Any:
 
 
 class LayerStream:
-    """A causal language model whose decoder layers are loaded one at a time, in float32."""
+    """A causal language model whose decoder layers are loaded one at a time. `dtype`: of products."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
         config = model_config(folder)
         self._stored = Stored(folder, _take_quant_method(config))
         with init_empty_weights(include_buffers=False):
@@ -216,8 +221,12 @@ class LayerStream:
             convert_and_load_state_dict_in_model(self.model, state, load_config)
         for module in self.model.modules():
             for name, weight in module._parameters.items():
-                if weight is not None and weight.dtype != torch.float32:
-                    module._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)
+                if weight is not None and weight.dtype != (held := self._held(name)):
+                    module._parameters[name] = nn.Parameter(weight.to(held), requires_grad=False)
+
+    def _held(self, name: str) -> torch.dtype:
+        """What a parameter is in, by its own name."""
+        return self.dtype if f".{name}" in EXPERT_MATRICES else torch.float32
 
     @contextmanager
     def layer(self, index: int, *, without_experts: bool = False) -> Iterator[nn.Module]:
@@ -232,12 +241,13 @@ class LayerStream:
         for name, missing in list(layer.named_parameters()) if without_experts else ():
             if missing.is_meta and name.endswith(EXPERT_MATRICES):
                 path, _, own = name.rpartition(".")
-                zeros = torch.zeros(missing.shape)
+                zeros = torch.zeros(missing.shape, dtype=self._held(own))
                 layer.get_submodule(path).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
         _check(f"{self._layers_prefix}{index}.", layer)
         layer.requires_grad_(False)
         try:
-            yield layer
+            with self._own_forwards(layer):
+                yield layer
         finally:
             for module in layer.modules():
                 for name, weight in module._parameters.items():
@@ -246,6 +256,30 @@ class LayerStream:
                             torch.empty_like(weight, device="meta"), requires_grad=False
                         )
             _return_freed_memory()
+
+    @contextmanager
+    def _own_forwards(self, layer: nn.Module) -> Iterator[None]:
+        """The layer's router computes in float32 whatever the layer does, its experts' gradients take less time."""
+        block = find_experts(layer)
+        if block is None:
+            yield
+            return
+        route, pass_experts = block.router.forward, block.module.forward
+
+        def in_f32(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return route(*map(_in_f32, args), **{name: _in_f32(x) for name, x in kwargs.items()})
+
+        def with_gradients(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return pass_experts(*args, **kwargs)
+            return block.forward(*(*args, *kwargs.values())[:3])
+
+        block.router.forward, block.module.forward = in_f32, with_gradients
+        try:
+            yield
+        finally:
+            del block.router.forward, block.module.forward
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
@@ -286,8 +320,9 @@ class LayerStream:
         if shape not in self._call_kwargs:
             # no tokens: that would load the embedding beside a layer
             self._call(shape, inputs_embeds=torch.zeros(*shape, hidden_BLD.shape[-1]))
-        out = layer(hidden_BLD, **self._call_kwargs[shape][index])
-        return out[0] if isinstance(out, tuple) else out
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            out = layer(hidden_BLD, **self._call_kwargs[shape][index])
+        return (out[0] if isinstance(out, tuple) else out).float()
 
     @torch.inference_mode()
     def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
@@ -304,6 +339,10 @@ class LayerStream:
             return self.model(input_ids=placeholder_BL, use_cache=False).logits
         finally:
             last.replacement_BLD = None
+
+
+def _in_f32(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _drop_all_but(text_model: nn.Module, model: nn.Module) -> None:

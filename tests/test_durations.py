@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe2gguf import durations
 from moe2gguf.costs import cost_table
@@ -14,12 +15,14 @@ from moe2gguf.source import Source, open_source
 NEVER = 1e30
 NOTHING = Rates(
     matmul_flops=NEVER,
+    layer_flops=NEVER,
     encoded_weights=NEVER,
     probed_weights=NEVER,
     fed_back_weights=NEVER,
     factor_seconds=0.0,
     draw_seconds=0.0,
 )
+PRODUCTS = {"matmul_flops": 1.0, "layer_flops": 1.0}
 CALIBRATION = Calibration((Path("text"),), n_sequences=16, sequence_tokens=64, sensitivity="probe")
 LENGTH, N_TOKENS = 64, 16 * 64
 EXPERT_PARAMS = 2 * 6 * 3 * 256 * 256
@@ -90,16 +93,16 @@ def test_codes_and_factors(source: Source) -> None:
     ) == pytest.approx((4 + 2 * (2 * 6 + 1)) * (256 / FACTORED_COLUMNS) ** 3)  # and each expert's outputs, once
     # and products: through down, the activation's slopes, and errors of rows to others in three matrices
     through_down = 2 * 6 * (2 * 256**2 * (256 + 256 + 2 * 2048) + 4 * 2048 * 256**2 + 3 * 256**3)
-    assert quantising(source, calibration=graded, matmul_flops=1.0) - quantising(
-        source, matmul_flops=1.0
-    ) == pytest.approx(through_down)
+    assert quantising(source, calibration=graded, **PRODUCTS) - quantising(source, matmul_flops=1.0) == pytest.approx(
+        through_down
+    )
     for calibration, n_busy in ((CALIBRATION, 16), (graded, 8)):
         one, many = (quantising(source, calibration=calibration, n_threads=n, fed_back_weights=1.0) for n in (1, 16))
         assert many == pytest.approx(one / n_busy)
 
 
 def test_products_of_quantising(source: Source) -> None:
-    found = quantising(source, Quantizer(router="none", tuning=False), matmul_flops=1.0)
+    found = quantising(source, Quantizer(router="none", tuning=False), **PRODUCTS)
     # tokens of the text for each expert, and of a sample of it; each gives two matrices of second moments
     moments = sum(
         2 * 2 * (N_TOKENS * 2 + 6 * 512) * 256**2 for _layer in range(2) for _matrix in ("gate and up", "down")
@@ -109,11 +112,11 @@ def test_products_of_quantising(source: Source) -> None:
     for name in ("blk.0.attn_q", "blk.0.attn_output", "blk.1.attn_q", "blk.1.attn_output", "output"):
         moments += 2 * N_TOKENS * shapes[f"{name}.weight"][1] ** 2
     assert found == pytest.approx(3.5 * one_pass(source) + moments)
-    calibrated = quantising(source, Quantizer(tuning=False), matmul_flops=1.0)
+    calibrated = quantising(source, Quantizer(tuning=False), **PRODUCTS)
     assert calibrated - found > 2.5 * one_pass(source)
-    tuned = quantising(source, Quantizer(), matmul_flops=1.0)
+    tuned = quantising(source, Quantizer(), **PRODUCTS)
     assert tuned - calibrated > 4 * one_pass(source)  # all of the text once, forward twice and back
-    assert quantising(source, Quantizer(feedback=False), matmul_flops=1.0) < 1  # no products
+    assert quantising(source, Quantizer(feedback=False), **PRODUCTS) < 1  # no products
 
 
 def test_everything_is_probed(source: Source) -> None:
@@ -121,17 +124,23 @@ def test_everything_is_probed(source: Source) -> None:
 
 
 def test_products_of_calibrating(source: Source) -> None:
-    plain = calibrating(source, matmul_flops=1.0)
-    assert calibrating(source, pruned=True, matmul_flops=1.0) - plain == pytest.approx(one_pass(source))
+    plain = calibrating(source, **PRODUCTS)
+    assert calibrating(source, pruned=True, **PRODUCTS) - plain == pytest.approx(one_pass(source))
     more = dataclasses.replace(CALIBRATION, n_probe_tokens=2 * CALIBRATION.n_probe_tokens)
-    branches = calibrating(source, more, matmul_flops=1.0) - plain
+    branches = calibrating(source, more, **PRODUCTS) - plain
     assert plain == pytest.approx(one_pass(source) + branches)
     graded = dataclasses.replace(CALIBRATION, sensitivity="gradient")
     head = 2 * N_TOKENS * 320 * 256
     moments = 2 * 2 * N_TOKENS * 256**2  # of two layers
-    assert calibrating(source, graded, matmul_flops=1.0) - plain == pytest.approx(
-        4 * (one_pass(source) + head) + moments
-    )
+    assert calibrating(source, graded, **PRODUCTS) - plain == pytest.approx(4 * (one_pass(source) + head) + moments)
+
+
+def test_layers_that_are_run_in_16_bits(source: Source) -> None:
+    """Their matrices take less time; attention, second moments and the head what they took."""
+    for seconds in (quantising, calibrating):
+        whole, faster = seconds(source, **PRODUCTS), seconds(source, matmul_flops=1.0, layer_flops=2.0)
+        saved, of_matrices = whole - faster, seconds(source, layer_flops=1.0)
+        assert saved == pytest.approx(of_matrices / 2) and 0.1 * whole < of_matrices < whole
 
 
 def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +157,6 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
 
 
 def test_rates_of_this_machine(source: Source) -> None:
-    one, two = measured_rates(source, 1), measured_rates(source, 2)
-    assert min(dataclasses.astuple(one)) > 0
+    one, two = measured_rates(source, 1), measured_rates(source, 2, torch.bfloat16)
+    assert min(dataclasses.astuple(one)) > 0 and one.layer_flops == one.matmul_flops != two.layer_flops > 0
     assert 1 < two.encoded_weights / one.encoded_weights < 4  # two threads' for one's, on a noisy machine

@@ -90,7 +90,7 @@ def test_another_model(made: ConvertResult, tiny, small_text: Path, tmp_path: Pa
         convert(tiny("qwen3_moe"), tmp_path / "a.gguf", recipe=recipe, calibration=Calibration((small_text,)))
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 3}'])
 def test_no_recipe(content: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(Moe2ggufError, match="is not a recipe"):
@@ -101,5 +101,5 @@ def test_a_later_format(made: ConvertResult, tmp_path: Path) -> None:
     save_recipe(made.recipe, tmp_path / "recipe.json")
     content = json.loads((tmp_path / "recipe.json").read_text())
     (tmp_path / "recipe.json").write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(Moe2ggufError, match="has format 99, this version reads 2"):
+    with pytest.raises(Moe2ggufError, match="has format 99, this version reads 3"):
         load_recipe(tmp_path / "recipe.json")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2gguf.capture import ExpertCapture
 from moe2gguf.errors import SourceError
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.stream import LayerStream
 from tests.dequantised import float_checkpoint
 from tests.tiny_configs import COMMON, MODEL_TYPES, N_VOCAB
@@ -306,3 +307,30 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="transformers holds llama's in a form"):
         LayerStream(tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "options"), CASES)
+def test_gradients_of_experts_are_the_modules_own(model_type: str, options: dict, tiny: Callable[..., Path]) -> None:
+    """They share one gradient by hidden states, where transformers makes one for each."""
+    stream = LayerStream(tiny(model_type, **SMALL, **options))
+    last, x_TD = stream.n_layers - 1, torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(block: ExpertBlock, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        given_TD = x_TD[:, : block.gate_up(0).shape[1]].clone().requires_grad_(True)
+        scores_TE = torch.randn(48, block.n_experts, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        scores_TE.data[:, 1] = -9  # no token's
+        gates_TK, ids_TK = scores_TE.topk(2)
+        weights = [p.requires_grad_(True) for p in block.module.parameters()]
+        forward(given_TD, ids_TK, gates_TK.exp()).square().sum().backward()
+        found = [weight.grad for weight in (given_TD, scores_TE, *weights)]
+        assert all(gradient is not None for gradient in found)
+        block.module.zero_grad()
+        return found
+
+    with stream.layer(last) as layer:
+        block = find_experts(layer)
+        assert block is not None
+        own = gradients(block, block.module)
+        theirs = gradients(block, partial(type(block.module).forward, block.module))
+        for ours, wanted in zip(own, theirs, strict=True):
+            assert (ours - wanted).norm() <= 1e-5 * wanted.norm()

@@ -231,11 +231,14 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-3, 1e-5), (torch.bfloat16, 0.03, 0.01)], ids=["f32", "bf16"]
+)
 def test_scales_have_the_gradient_of_the_weights_they_scale(
-    model_type: str, tiny: Callable[..., Path], tmp_path: Path
+    model_type: str, dtype: torch.dtype, rtol: float, atol: float, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """However the architecture holds its experts, and whether it has them in every layer."""
-    stream, spool = LayerStream(tiny(model_type, hidden=64, intermediate=64)), Spool(tmp_path)
+    stream, spool = LayerStream(tiny(model_type, hidden=64, intermediate=64), dtype), Spool(tmp_path)
     index = stream.n_layers - 1
     with stream.layer(index) as layer, torch.no_grad():
         block = find_experts(layer)
@@ -268,15 +271,15 @@ def test_scales_have_the_gradient_of_the_weights_they_scale(
             stream.apply(index, layer, hidden_SLD).square().sum().backward()
             with torch.no_grad():
                 for expert in range(block.n_experts):
-                    moved = block.gate_up_rows(gate_up_proj.grad[expert] * gate_up_proj[expert])
-                    down = block.down_rows(down_proj.grad[expert] * down_proj[expert])
+                    moved = block.gate_up_rows(gate_up_proj.grad[expert].float() * gate_up_proj[expert])
+                    down = block.down_rows(down_proj.grad[expert].float() * down_proj[expert])
                     both = zip((*block.first, "down"), (*moved.chunk(len(block.first)), down), strict=True)
                     for matrix, moved_NK in both:
                         scale_NS = scales[f"layers.{index}.experts.{expert}.{matrix}.scales"]
                         wanted_NS = moved_NK.unflatten(1, (-1, 32)).sum(-1) / 2
                         found_NS = torch.zeros_like(wanted_NS) if scale_NS.grad is None else scale_NS.grad
                         torch.testing.assert_close(
-                            found_NS, wanted_NS, rtol=1e-3, atol=1e-5 * float(wanted_NS.abs().max())
+                            found_NS, wanted_NS, rtol=rtol, atol=atol * float(wanted_NS.abs().max())
                         )
             assert any(scale_NS.grad is not None for scale_NS in scales.values())
 

@@ -1,0 +1,58 @@
+"""What a model is run in while it is calibrated and quantised: products in float32, or in bfloat16 as it was trained.
+
+A processor with units for bfloat16 computes it two to eight times as fast; others do not, and some virtual machines
+advertise such units and trap on their instructions. So it is tried, once, in a process of its own.
+"""
+
+import functools
+import subprocess
+import sys
+
+import torch
+
+from moe2gguf.errors import DeviceError
+from moe2gguf.source import Source
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# of models with so many parameters products take hours; below, nobody need think of rounding
+MANY_PARAMS = 1e9
+# how many times as fast bfloat16 is at least, to be chosen
+FASTER = 1.3
+# prints that
+_PROGRAM = """
+import time, torch
+
+def seconds(dtype):
+    x, found = torch.ones(512, 1024, dtype=dtype), []
+    for _ in range(8):
+        start = time.perf_counter()
+        x @ x.T
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+print(seconds(torch.float32) / seconds(torch.bfloat16))
+"""
+
+
+def settled(name: str, source: Source) -> str:
+    """A key of DTYPES for "auto", and for itself. Raises DeviceError where the processor cannot compute it."""
+    if name == "f32":
+        return name
+    if name == "bf16":
+        if not speed_of_bf16():
+            raise DeviceError("this machine fails to multiply in bfloat16; take --dtype f32")
+        return name
+    is_large = source.n_params >= MANY_PARAMS and stored_in_bf16(source)
+    return "bf16" if is_large and speed_of_bf16() >= FASTER else "f32"
+
+
+def stored_in_bf16(source: Source) -> bool:
+    """By its configuration, where transformers wrote it under either of two names."""
+    return "bfloat16" in str(source.hparams.get("dtype") or source.hparams.get("torch_dtype"))
+
+
+@functools.cache
+def speed_of_bf16() -> float:
+    """Of products, over float32's; 0 where they end the process."""
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else 0.0
