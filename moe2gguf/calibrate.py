@@ -21,7 +21,7 @@ from torch import nn
 from moe2gguf.backward import backward
 from moe2gguf.capture import GradedCapture, LayerCapture, MatrixCapture, layer_sample_tokens, tokens_of
 from moe2gguf.dtypes import DTYPES
-from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.experts import CPU, ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType, encoding_threads
 from moe2gguf.interim import Interim, Passed
 from moe2gguf.measure import Measure
@@ -120,7 +120,7 @@ class _Forward:
         self._layers: dict[int, ExpertStats] = {}
         self._importance: dict[str, np.ndarray] = {}
         self._errors = {
-            "embed_tokens": _unprobed(self.measure.embedding(stream.embedding_VD.numpy(), share_V, self.rng))
+            "embed_tokens": _unprobed(self.measure.embedding(stream.embedding_VD.to(CPU).numpy(), share_V, self.rng))
         }
         self._hidden_SLD = torch.cat([stream.embed(batch) for batch in tokens_SL.split(self._batch_sequences)])
         self.n_passed = 0
@@ -235,7 +235,8 @@ def graded(
     output_moments: dict[int, np.ndarray] = {}
 
     def loss(logits_lV: torch.Tensor, _sequence: int, _tokens: slice) -> torch.Tensor:
-        label_l1 = torch.multinomial(logits_lV.detach().softmax(-1), 1, generator=labels)
+        # the same labels on any device
+        label_l1 = torch.multinomial(logits_lV.detach().softmax(-1).to(CPU), 1, generator=labels).to(logits_lV.device)
         return torch.nn.functional.cross_entropy(logits_lV, label_l1[:, 0], reduction="sum")
 
     def prepare(index: int, _layer: nn.Module) -> None:
@@ -292,7 +293,7 @@ def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: in
     """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE, arXiv 2410.06270)."""
     x_TD, ids_TK, gates_TK = capture.routed()
     n_experts, n_selected = block.n_experts, ids_TK.shape[1]
-    probability_TE = torch.softmax(capture.scored() @ block.router_ED.T, dim=-1)
+    probability_TE = torch.softmax(block.scores(capture.scored()), dim=-1)
     sample = layer_sample_tokens(len(x_TD))
     sample_nD, sample_probability_nE = x_TD[sample], probability_TE[sample]
     layer_sq_D = x_TD.square().mean(0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moe2gguf.experts import ExpertBlock
+from moe2gguf.experts import CPU, ExpertBlock
 
 # how many tokens of each batch, or of a layer, are kept as a sample
 LAYER_SAMPLE_TOKENS = 64
@@ -36,11 +36,11 @@ class MatrixCapture:
 
     def see(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x_TK = args[0].reshape(-1, args[0].shape[-1]).float()
-        self._sq_sum_K += x_TK.square().sum(0)
+        self._sq_sum_K += x_TK.square().sum(0).to(CPU)
         self.n_tokens += len(x_TK)
         # off the first tokens of sequences, whose states are unlike all others
         stride = max(1, len(x_TK) // LAYER_SAMPLE_TOKENS)
-        self._samples.append(x_TK[stride // 2 :: stride].clone())
+        self._samples.append(_rows(x_TK[stride // 2 :: stride]))
 
     def importance_K(self) -> np.ndarray:
         return (self._sq_sum_K / max(self.n_tokens, 1)).float().numpy()
@@ -88,7 +88,7 @@ class ExpertCapture:
             self._scored.append(_rows(self._at_router))
         self._at_router = None
         self._x.append(_rows(hidden))
-        self._ids.append(ids.reshape(-1, ids.shape[-1]).clone())
+        self._ids.append(ids.reshape(-1, ids.shape[-1]).to(CPU, copy=True))
         self._gates.append(_rows(gates))
 
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,8 +139,8 @@ class GradedCapture(ExpertCapture):
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """A copy, f32 (T, columns)."""
-    return x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+    """A copy on the CPU, f32 (T, columns)."""
+    return x.reshape(-1, x.shape[-1]).to(CPU, torch.float32, copy=True)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ console = Console()
 
 # what may be said to `convert` along with a recipe to replay
 BESIDE_A_RECIPE = {
-    *("model", "recipe_path", "text_paths", "work_folder", "device", "threads", "dry_run"),
+    *("model", "recipe_path", "text_paths", "work_folder", "device_name", "threads", "dry_run"),
     *("outfile", "split_max_size", "split_max_tensors", "force", "model_name", "metadata", "pre_tokenizer"),
 }
 
@@ -253,12 +254,13 @@ quantizer_options = _together(
         show_default=True,
         help="Descent on the KL divergence over routers, norms and the scales of blocks, when all is quantised.",
     ),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="Where error feedback computes: auto, cpu, cuda or cuda:1 (pip install 'moe2gguf[gpu]').",
-    ),
+)
+device_option = click.option(
+    "--device",
+    "device_name",
+    default="auto",
+    show_default=True,
+    help="Where the model is run and error feedback computes: auto, cpu, cuda or cuda:1 (pip install 'moe2gguf[gpu]').",
 )
 _share = click.FloatRange(min=0, max=1, max_open=True)
 skip_options = _together(
@@ -318,12 +320,15 @@ def _choice(options: dict[str, Any]):
 
 
 def _quantizer(options: dict[str, Any]):
-    from moe2gguf.backend import device
     from moe2gguf.pipeline import Quantizer
 
-    return Quantizer(
-        options["feedback"], options["affinity"], device(options["device"], _note), options["router"], options["tuning"]
-    )
+    return Quantizer(options["feedback"], options["affinity"], _device(options), options["router"], options["tuning"])
+
+
+def _device(options: dict[str, Any]):
+    from moe2gguf.backend import device
+
+    return device(options["device_name"], _note)
 
 
 def _calibration(options: dict[str, Any]):
@@ -382,6 +387,7 @@ def _note(text: str) -> None:
 @budget_options
 @calibration_options
 @quantizer_options
+@device_option
 @skip_options
 @prune_option
 @recipe_option
@@ -484,11 +490,11 @@ def _open(model: str, options: dict[str, Any]):
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--share", type=_share, required=True, help="Of each layer's experts, those that matter least.")
 @calibration_options
+@device_option
 @threads_option
 def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
     from moe2gguf import pipeline
-    from moe2gguf.dtypes import DTYPES, settled
 
     calibration, source = _calibration(options), _open(model, options)
     with progress_display() as progress:
@@ -500,14 +506,16 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
             progress,
             _note,
         )
-        request, dtype = pipeline.request_digest(source, calibration), DTYPES[settled(calibration.dtype, source)]
-        pipeline.prune(source, share, folder, request, text, progress, _note, dtype)
+        stream = partial(pipeline.stream_of, source, calibration, _device(options))
+        request = pipeline.request_digest(source, calibration)
+        pipeline.prune(source, share, folder, request, stream, text, progress, _note)
     click.echo(folder)
 
 
 @main.command()
 @model_options
 @calibration_options
+@device_option
 @click.option(
     "--imatrix",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -528,6 +536,7 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
             calibration,
             work,
             n_threads=options["threads"] or available_cores(),
+            device=_device(options),
             progress=progress,
             note=_note,
         )
@@ -572,6 +581,7 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 @click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
 @click.option("--allocation", "allocation_path", type=_existing_file, required=True, help="From `allocate`.")
 @quantizer_options
+@device_option
 @skip_options
 @click.option(
     "--imatrix",

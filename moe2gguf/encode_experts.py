@@ -30,7 +30,7 @@ from moe2gguf.encode_matrices import (
     InputMoments,
     encode,
 )
-from moe2gguf.experts import ExpertBlock
+from moe2gguf.experts import CPU, ExpertBlock
 from moe2gguf.factors import PANEL
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
@@ -141,7 +141,7 @@ def encode_experts(
     with ggml.encoding_threads(n_threads) as pool:
         if embedding_moments_2DD is not None and not spool.has_matrices("embed_tokens"):
             progress("quantise embeddings", 0, 1)
-            _put_embeddings(spool, stream.embedding_VD, embedding_moments_2DD, matrices, device, pool)
+            _put_embeddings(spool, stream.embedding_VD.to(CPU), embedding_moments_2DD, matrices, device, pool)
         if last >= 0:
             streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
         for index in range(last + 1):
@@ -207,7 +207,7 @@ def _put_matrices(
     pool: ThreadPoolExecutor,
 ) -> None:
     blocks, outcomes = given.encode(matrices, device, pool)
-    weights = {name: (given.modules[name].weight.numpy(), blocks_NB) for name, blocks_NB in blocks.items()}
+    weights = {name: (given.modules[name].weight.to(CPU).numpy(), blocks_NB) for name, blocks_NB in blocks.items()}
     spool.put_matrices(part, weights, outcomes)
 
 
@@ -236,7 +236,7 @@ class _LayerWork:
         # stands in for what a cold expert has not seen
         stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
         self._sample_n = torch.arange(stride // 2, n_tokens, stride)
-        self._sample_probability_nE = torch.softmax(found.scored()[self._sample_n] @ block.router_ED.T, dim=-1)
+        self._sample_probability_nE = torch.softmax(block.scores(found.scored()[self._sample_n]), dim=-1)
 
     def encode(
         self, types: Mapping[tuple[str, int], QuantType], progress: Callable[[int, int], None]

@@ -19,6 +19,7 @@ from torch import nn
 
 from moe2gguf import feedback, ggml
 from moe2gguf.codec import CODECS
+from moe2gguf.experts import CPU
 from moe2gguf.moments import Sums
 from moe2gguf.spool import Outcome
 from moe2gguf.streams import Matrices, Matrix
@@ -68,7 +69,7 @@ class InputMoments:
         self._last = name, x_SLK
         x_TK = x_SLK.reshape(-1, x_SLK.shape[-1]).float()
         if name not in self._sums:
-            self._sums[name] = Sums.zeros(x_TK.shape[1])
+            self._sums[name] = Sums.zeros(x_TK.shape[1], x_TK.device)
         self._sums[name].add(x_TK)
 
     def encode(
@@ -79,7 +80,8 @@ class InputMoments:
         outcomes: list[Outcome] = []
         for name, module in self.modules.items():
             if name in self._sums:
-                blocks[name], outcome = encode(name, module.weight, matrices[name], self._sums[name], device, pool)
+                weight_NK, sums = module.weight.to(CPU), self._sums[name].on(CPU)
+                blocks[name], outcome = encode(name, weight_NK, matrices[name], sums, device, pool)
                 outcomes.append(outcome)
         return blocks, outcomes
 

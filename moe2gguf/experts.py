@@ -5,8 +5,8 @@ transformers 5 fuses the experts of some seventy architectures into gate_up_proj
 rows come before up rows, which is also the order in the GGUF. Where there is no gate, as in Nemotron's, up is all of
 gate_up.
 
-The module may hold them in bfloat16 (stream.py): what is asked for here is float32 all the same, products computed in
-the module's type.
+The module may hold them in bfloat16, or on a GPU (stream.py): what is given and asked for here is float32 and on the
+CPU all the same, products computed as and where the module is.
 
 Shapes: E experts, I intermediate, D hidden, T tokens, K selected experts per token, n tokens of one expert.
 """
@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from moe2gguf.errors import SourceError
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +58,21 @@ class ExpertBlock:
         down = self.module.down_proj
         return down.shape[1] if self.module.is_transposed else down.shape[2]
 
+    def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Of the router for what it is given, f32 (T, E), without biases."""
+        return _product(x_TD, self.router_ED.T).to(CPU)
+
     def chosen_by(self, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
         """Of gate weights as applied those as the router gives them, f32 (T, K): what skipping compares."""
-        return gates_TK if self.gate_scale_E is None else gates_TK / self.gate_scale_E[ids_TK]
+        return gates_TK if self.gate_scale_E is None else gates_TK / self.gate_scale_E.to(CPU)[ids_TK]
 
     def gate_up(self, expert: int) -> torch.Tensor:
         """f32 (2I, D), gate rows first, or (I, D). May share storage with the module."""
-        return self.gate_up_rows(self.gate_up_proj[expert]).float()
+        return self.gate_up_rows(self.gate_up_proj[expert]).to(CPU, torch.float32)
 
     def down(self, expert: int) -> torch.Tensor:
         """f32 (D, I). May share storage with the module."""
-        return self.down_rows(self.module.down_proj[expert]).float()
+        return self.down_rows(self.module.down_proj[expert]).to(CPU, torch.float32)
 
     def gate_up_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """An expert's as the module has it -> as `gate_up`."""
@@ -84,7 +90,8 @@ class ExpertBlock:
         if self._is_concatenated:
             target.copy_(weight)
         else:
-            target[::2], target[1::2] = weight.chunk(2)
+            for rows, part in zip((target[::2], target[1::2]), weight.chunk(2), strict=True):
+                rows.copy_(part)
 
     def set_down(self, expert: int, weight: torch.Tensor) -> None:
         """Takes f32 (D, I)."""
@@ -93,6 +100,9 @@ class ExpertBlock:
 
     def activation(self, expert: int, x_nD: torch.Tensor) -> torch.Tensor:
         """f32 (n, D) -> f32 (n, I): the input of the down projection."""
+        return self._activation(expert, x_nD).to(CPU)
+
+    def _activation(self, expert: int, x_nD: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up_proj[expert]
         out = _product(x_nD, gate_up if self.module.is_transposed else gate_up.T)
         if self.module.has_bias:
@@ -103,12 +113,13 @@ class ExpertBlock:
         """Of each of the first matrices, f32 (I,), 0 without biases."""
         if not self.module.has_bias:
             return (0.0,) * len(self.first)
-        bias = getattr(self.module, f"{self.gate_up_name}_bias")[expert]
+        bias = getattr(self.module, f"{self.gate_up_name}_bias")[expert].to(CPU)
         return bias.chunk(len(self.first)) if self._is_concatenated else (bias[::2], bias[1::2])
 
     def pre_activation(self, expert: int, x_nD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """f32 (n, D) -> what each of the first matrices gives, f32 (n, I), biases added."""
-        parts = _product(x_nD, self.gate_up_rows(self.gate_up_proj[expert]).T).chunk(len(self.first), dim=-1)
+        found_nM = _product(x_nD, self.gate_up_rows(self.gate_up_proj[expert]).T).to(CPU)
+        parts = found_nM.chunk(len(self.first), dim=-1)
         return tuple(part_nI + bias for part_nI, bias in zip(parts, self.first_biases(expert), strict=True))
 
     def activated(self, *parts_nI: torch.Tensor) -> torch.Tensor:
@@ -134,12 +145,15 @@ class ExpertBlock:
 
     def output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
         """f32 (n, I) -> f32 (n, D), before the gate weight."""
+        return self._output(expert, hidden_nI).to(CPU)
+
+    def _output(self, expert: int, hidden_nI: torch.Tensor) -> torch.Tensor:
         out = _product(hidden_nI, self.down_rows(self.module.down_proj[expert]).T)
         return out + self.module.down_proj_bias[expert] if self.module.has_bias else out
 
     def forward(self, hidden_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-        """As the module's, for passes with gradients. Its own makes one by all tokens for every expert, to add up: with
-        many experts that takes as long as the products do; here they share one."""
+        """As the module's and where it is, for passes with gradients. Its own makes one by all tokens for every
+        expert, to add up: with many experts that takes as long as the products do; here they share one."""
         shared: list[torch.Tensor] = []
         hidden_TD = _Shared.apply(hidden_TD, shared)
         order_S = ids_TK.flatten().argsort(stable=True)
@@ -148,7 +162,7 @@ class ExpertBlock:
         for expert, slot_n in enumerate(order_S.split(n_tokens_E.tolist())):
             if len(slot_n):
                 token_n = slot_n // ids_TK.shape[1]
-                output_nD = self.output(expert, self.activation(expert, _Taken.apply(hidden_TD, token_n, shared)))
+                output_nD = self._output(expert, self._activation(expert, _Taken.apply(hidden_TD, token_n, shared)))
                 total_TD.index_add_(0, token_n, output_nD * gates_TK.flatten()[slot_n, None])
         return total_TD.to(hidden_TD.dtype)
 
@@ -185,8 +199,8 @@ class _Taken(torch.autograd.Function):
 
 
 def _product(x_nK: torch.Tensor, weight_KN: torch.Tensor) -> torch.Tensor:
-    """f32 (n, N)"""
-    return (x_nK.to(weight_KN.dtype) @ weight_KN).float()
+    """f32 (n, N), where the weight is."""
+    return (x_nK.to(weight_KN.device, weight_KN.dtype) @ weight_KN).float()
 
 
 def find_experts(layer: nn.Module) -> ExpertBlock | None:

@@ -15,7 +15,7 @@ import torch
 
 from moe2gguf import ggml
 from moe2gguf.capture import ExpertCapture, MatrixCapture, layer_sample_tokens, tokens_of
-from moe2gguf.experts import ExpertBlock
+from moe2gguf.experts import CPU, ExpertBlock
 from moe2gguf.ggml import QuantType
 from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
 
@@ -56,7 +56,7 @@ class Measure:
 
     def matrix(self, matrix: MatrixCapture, rng: np.random.Generator) -> np.ndarray:
         """-> (1, J): mean ‖Δx‖² over the sampled inputs."""
-        weight_NK, x_nK = matrix.module.weight.numpy(), matrix.sample_nK().numpy()
+        weight_NK, x_nK = matrix.module.weight.to(CPU).numpy(), matrix.sample_nK().numpy()
         rows = _sample(rng, len(weight_NK), MAX_MATRIX_ROWS)
         scale = len(weight_NK) / len(rows) / len(x_nK)
         importance_K = matrix.importance_K()
@@ -75,7 +75,7 @@ class Measure:
         """gradient_TD: of the loss, for labels drawn from the model's own distribution, by the block's output."""
         x_TD, ids_TK, gates_TK = capture.routed()
         sample = layer_sample_tokens(len(x_TD))
-        probability_nE = torch.softmax(capture.scored()[sample] @ block.router_ED.T, dim=-1)
+        probability_nE = torch.softmax(block.scores(capture.scored()[sample]), dim=-1)
         jobs: list[Future[np.ndarray]] = []
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)

@@ -26,12 +26,16 @@ class Sums:
     n_held_out: int = 0
 
     @staticmethod
-    def zeros(n_columns: int) -> "Sums":
-        return Sums(torch.zeros(n_columns, n_columns), torch.zeros(n_columns, n_columns))
+    def zeros(n_columns: int, device: torch.device | None = None) -> "Sums":
+        fit_KK, held_out_KK = torch.zeros(2, n_columns, n_columns, device=device)
+        return Sums(fit_KK, held_out_KK)
+
+    def on(self, device: torch.device) -> "Sums":
+        return dataclasses.replace(self, fit_KK=self.fit_KK.to(device), held_out_KK=self.held_out_KK.to(device))
 
     def add(self, x_TK: torch.Tensor) -> None:
         run = max(1, len(x_TK) // (2 * HELD_OUT))
-        is_held_out_T = torch.arange(len(x_TK)) // run % HELD_OUT == HELD_OUT - 1
+        is_held_out_T = torch.arange(len(x_TK), device=x_TK.device) // run % HELD_OUT == HELD_OUT - 1
         fit_nK, held_out_nK = x_TK[~is_held_out_T], x_TK[is_held_out_T]
         _add_squares(self.fit_KK, fit_nK, fit_nK)
         _add_squares(self.held_out_KK, held_out_nK, held_out_nK)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import gguf
 import numpy as np
+import torch
 import transformers
 
 from moe2gguf import __version__
@@ -24,6 +25,7 @@ from moe2gguf.dtypes import DTYPES, settled
 from moe2gguf.ebss import balance, balanced_text
 from moe2gguf.encode_experts import describe, encode_experts
 from moe2gguf.errors import BudgetError, Moe2ggufError, OutputError
+from moe2gguf.experts import CPU
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, check_target, file_bytes, write_gguf
 from moe2gguf.imatrix import read_imatrix, with_imatrix
@@ -126,15 +128,17 @@ def convert(
         if recipe is None:
             provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
         folder = pruned_folder(source, prune_share, work)
-        dtype = DTYPES[settled(calibration.dtype, source)]
-        prune(source, prune_share, folder, request_digest(source, calibration), text, progress, note, dtype)
+        stream = functools.partial(stream_of, source, calibration, quantizer.device)
+        prune(source, prune_share, folder, request_digest(source, calibration), stream, text, progress, note)
         source, work = opened(folder), folder.parent
     target = Target(outfile_for(source, outfile, budget), split_max_bytes, split_max_tensors, overwrite)
     provisional = provisional_allocation(source, budget, choice) if recipe is None else recipe.allocation
     check_belongs(source, provisional)
     check_target(target, provisional.tensor_bytes)
 
-    stats = calibrated(source, calibration, work, n_threads=threads, text=text, progress=progress, note=note)
+    stats = calibrated(
+        source, calibration, work, n_threads=threads, device=quantizer.device, text=text, progress=progress, note=note
+    )
     table = cost_table(source, stats, layout=layout, types=types, overrides=overrides)
     if recipe is None:
         speeds = speeds_for(source, choice, work, threads, progress)
@@ -220,7 +224,7 @@ def _quantised(
         if tensor.name in modules and tensor.quant_type in CANDIDATES
     }
     spool = spool_for(work, stats, quantizer, types, matrices)
-    stream = LayerStream(source.path, DTYPES[stats.dtype])
+    stream = LayerStream(source.path, DTYPES[stats.dtype], quantizer.device)
     encode_experts(
         stream,
         stats.tokens_SL,
@@ -311,6 +315,7 @@ def calibrated(
     work: Path,
     *,
     n_threads: int,
+    device: torch.device = CPU,
     text: Callable[[], CalibrationText] | None = None,
     progress: Progress = no_progress,
     note: Note = no_note,
@@ -336,7 +341,7 @@ def calibrated(
         encoding="utf-8",
     )
     stats = calibrate(
-        LayerStream(source.path, DTYPES[settled(calibration.dtype, source)]),
+        stream_of(source, calibration, device),
         found,
         CANDIDATES,
         source_sha256=source_digest(source),
@@ -354,6 +359,10 @@ def calibrated(
     sigma = balance(np.stack([layer.n_tokens_E for layer in stats.layers.values()]))
     note(f"the text uses the experts to within σ = {sigma:.4f} of evenly")
     return stats
+
+
+def stream_of(source: Source, calibration: Calibration, device: torch.device) -> LayerStream:
+    return LayerStream(source.path, DTYPES[settled(calibration.dtype, source)], device)
 
 
 def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> CalibrationStats | None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from moe2gguf import ggml
 from moe2gguf.capture import MatrixCapture
-from moe2gguf.experts import ExpertBlock
+from moe2gguf.experts import CPU, ExpertBlock
 from moe2gguf.ggml import QuantType
 from moe2gguf.interim import Passed
 from moe2gguf.states import States
@@ -62,10 +62,11 @@ class Probes:
         self._clean_SLD = self._embed(tokens_SL)
         self._branches = States[tuple[str, QuantType]](BRANCHES_BYTES, scratch_folder)
         weight_VD = stream.embedding_VD
-        used = torch.unique(tokens_SL)
+        used = torch.unique(tokens_SL).to(weight_VD.device)
         for quant_type in _fitting(MATRIX_PROBE_TYPES, weight_VD.shape[1]):
             with _restored(weight_VD):
-                weight_VD[used] = torch.from_numpy(ggml.round_trip(weight_VD[used].numpy(), quant_type))
+                probed = torch.from_numpy(ggml.round_trip(weight_VD[used].to(CPU).numpy(), quant_type))
+                weight_VD[used] = probed.to(weight_VD.device)
                 self._branches["embed_tokens", quant_type] = self._embed(tokens_SL)
 
     @property
@@ -153,15 +154,14 @@ class Probes:
         return found
 
     def _encoded(self, weight_NK: torch.Tensor, quant_type: QuantType, importance_K: np.ndarray) -> list[np.ndarray]:
-        parts = weight_NK.tensor_split(min(N_PARTS, len(weight_NK)))
+        parts = weight_NK.to(CPU).tensor_split(min(N_PARTS, len(weight_NK)))
         jobs = [self._pool.submit(ggml.encode, part.numpy(), quant_type, importance_K) for part in parts]
         return [job.result() for job in jobs]
 
     def _decode(self, blocks: list[np.ndarray], quant_type: QuantType, weight_NK: torch.Tensor) -> None:
-        def put(part: torch.Tensor, blocks_NB: np.ndarray) -> None:
-            part.numpy()[:] = ggml.decode(blocks_NB, quant_type, part.shape[1])
-
-        list(self._pool.map(put, weight_NK.tensor_split(len(blocks)), blocks))
+        decoded = self._pool.map(lambda blocks_NB: ggml.decode(blocks_NB, quant_type, weight_NK.shape[1]), blocks)
+        for part, values in zip(weight_NK.tensor_split(len(blocks)), decoded, strict=True):
+            part.copy_(torch.from_numpy(values))
 
 
 def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, ...]:

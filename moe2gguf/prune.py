@@ -94,10 +94,10 @@ def prune(
     share: float,
     folder: Path,
     request: str,
+    stream: Callable[[], LayerStream],
     text: Callable[[], CalibrationText],
     progress: Progress,
     note: Note,
-    dtype: torch.dtype = torch.float32,
 ) -> None:
     """The checkpoint without the share of its experts that matter least, at `folder`, unless it is there already.
 
@@ -119,7 +119,7 @@ def prune(
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder.parent}: {error.strerror}; choose another") from error
     check_space(folder.parent, folder.name, sum(file.stat().st_size for file in source.path.glob("*.safetensors")))
-    found = saliency(LayerStream(source.path, dtype), text().tokens_SL, progress)
+    found = saliency(stream(), text().tokens_SL, progress)
     write_pruned(source, {layer: most_salient(s, kept) for layer, s in found.items()}, folder, record, progress)
     gone = [np.sort(s)[: source.n_expert - kept].sum() / s.sum() for s in found.values()]
     note(

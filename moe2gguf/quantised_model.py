@@ -14,7 +14,7 @@ from torch import nn
 
 from moe2gguf import ggml
 from moe2gguf.codec import CODECS, Codec
-from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.experts import CPU, ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Spool
 from moe2gguf.stream import LayerStream
@@ -79,7 +79,9 @@ class QuantisedModel:
     def after_last(self, weights: Weights) -> Iterator[dict[str, nn.Parameter]]:
         """The file's head, with this final norm, which is handed out. Not while a layer is in memory, too."""
         norms = {
-            name: nn.Parameter(weights.get(name, module.weight).detach().clone(), requires_grad=False)
+            name: nn.Parameter(
+                weights.get(name, module.weight).detach().to(module.weight.device, copy=True), requires_grad=False
+            )
             for name, module in self._norms.items()
         }
         head = nn.Parameter(self.stream.head.weight.clone(), requires_grad=False)
@@ -165,7 +167,7 @@ class QuantisedModel:
         """The matrix' blocks, None where it stays as it is."""
         if (matrix := self._matrices.get(name)) is None or name in self._blocks:
             return self._blocks.get(name)
-        weight_NK = weight_NK.detach()
+        weight_NK = weight_NK.detach().to(CPU)
         if (blocks_NB := self._spool.matrix(name, weight_NK.numpy())) is not None:
             self._of_spool.add(name)
         else:
@@ -211,7 +213,8 @@ def _adding(scales: tuple[nn.Parameter | None, ...], rows: Callable[[torch.Tenso
         weight.grad = None
         for scale_NS, moved_NK in zip(scales, moved.chunk(len(scales)), strict=True):
             if scale_NS is not None:
-                by_scale_NS = moved_NK.reshape(*scale_NS.shape, -1).sum(-1, dtype=torch.float32) / scale_NS
+                moved_NS = moved_NK.reshape(*scale_NS.shape, -1).sum(-1, dtype=torch.float32)
+                by_scale_NS = moved_NS.to(CPU) / scale_NS
                 scale_NS.grad = by_scale_NS if scale_NS.grad is None else scale_NS.grad + by_scale_NS
 
     return add

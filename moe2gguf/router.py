@@ -19,6 +19,7 @@ import torch
 
 from moe2gguf import backend, ggml
 from moe2gguf.capture import ExpertCapture
+from moe2gguf.experts import CPU
 from moe2gguf.probes import mean_kl
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
@@ -155,7 +156,7 @@ def calibrate_routers(
                     exact_ids_TK, found_ids_TK = exact.selected(), found.selected()
                     streams.say("router", 0, 1)
                     n_selected = found_ids_TK.shape[1]
-                    best = fit(block.router_ED, exact.scored(), found.scored(), held_out_T, n_selected, device)
+                    best = fit(block.router_ED.to(CPU), exact.scored(), found.scored(), held_out_T, n_selected, device)
                     del exact, found  # before those of another pass come
                     trials.as_it_was(index, streams.found_SLD[held_out_S], streams.run, best is not None)
                     if best is not None:

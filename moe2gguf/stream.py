@@ -6,9 +6,10 @@ do their work around hidden states we keep ourselves. Real layers are filled fro
 emptied after, through transformers' weight conversion, which also fuses experts to one interface. So are embedding and
 head, which lie in memory only where there is no layer. Of a model that sees pictures too there is the text's part.
 
-Hidden states are float32. Products of layers are, too, or they are in bfloat16, as the model was trained and as torch's
-autocast has it: experts are held in that, which is most of a layer; routers, whose scores decide between experts, norms
-and the head stay in float32.
+Layers compute on a device, where their weights are, and so do embedding, last norm and head; hidden states come from
+the CPU and go back there, logits stay. Hidden states are float32. Products of layers are, too, or they are in bfloat16,
+as the model was trained and as torch's autocast has it: experts are held in that, which is most of a layer; routers,
+whose scores decide between experts, norms and the head stay in float32.
 
 Shapes: B sequences, L tokens of each, T = B·L tokens, D hidden, V vocabulary.
 """
@@ -35,7 +36,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe2gguf.errors import SourceError
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import CPU, find_experts
 from moe2gguf.source.checkpoint import read_json
 from moe2gguf.source.stored import Stored, experts_dtype
 
@@ -75,7 +76,7 @@ class _StandIn(nn.Module):
         if SPARSE_ATTENTION not in names:
             return after_BLD
         n_sequences, n_tokens = hidden_states.shape[:2]
-        return after_BLD, torch.arange(n_tokens).expand(n_sequences, n_tokens, n_tokens)
+        return after_BLD, torch.arange(n_tokens, device=after_BLD.device).expand(n_sequences, n_tokens, n_tokens)
 
 
 def model_config(folder: Path) -> transformers.PreTrainedConfig:
@@ -119,8 +120,8 @@ def auto_class(config: transformers.PreTrainedConfig) -> Any:
 class LayerStream:
     """A causal language model whose decoder layers are loaded one at a time. `dtype`: of products."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        self.dtype = dtype
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU):
+        self.dtype, self.device = dtype, device
         config = model_config(folder)
         self._stored = Stored(folder, _take_quant_method(config))
         with init_empty_weights(include_buffers=False):
@@ -221,8 +222,11 @@ class LayerStream:
             convert_and_load_state_dict_in_model(self.model, state, load_config)
         for module in self.model.modules():
             for name, weight in module._parameters.items():
-                if weight is not None and weight.dtype != (held := self._held(name)):
-                    module._parameters[name] = nn.Parameter(weight.to(held), requires_grad=False)
+                is_there = weight is None or weight.is_meta
+                if not is_there and (weight.dtype, weight.device) != (held := self._held(name), self.device):
+                    module._parameters[name] = nn.Parameter(weight.to(self.device, held), requires_grad=False)
+            for name, values in module._buffers.items():
+                module._buffers[name] = None if values is None else values.to(self.device)
 
     def _held(self, name: str) -> torch.dtype:
         """What a parameter is in, by its own name."""
@@ -241,7 +245,7 @@ class LayerStream:
         for name, missing in list(layer.named_parameters()) if without_experts else ():
             if missing.is_meta and name.endswith(EXPERT_MATRICES):
                 path, _, own = name.rpartition(".")
-                zeros = torch.zeros(missing.shape, dtype=self._held(own))
+                zeros = torch.zeros(missing.shape, dtype=self._held(own), device=self.device)
                 layer.get_submodule(path).register_parameter(own, nn.Parameter(zeros, requires_grad=False))
         _check(f"{self._layers_prefix}{index}.", layer)
         layer.requires_grad_(False)
@@ -267,7 +271,7 @@ class LayerStream:
         route, pass_experts = block.router.forward, block.module.forward
 
         def in_f32(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 return route(*map(_in_f32, args), **{name: _in_f32(x) for name, x in kwargs.items()})
 
         def with_gradients(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -284,10 +288,10 @@ class LayerStream:
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """i64 (B, L) token ids -> f32 (B, L, D), what the first decoder layer is given."""
         self._load_ends()
-        self._call((tokens_BL.shape[0], tokens_BL.shape[1]), input_ids=tokens_BL)
+        self._call((tokens_BL.shape[0], tokens_BL.shape[1]), input_ids=tokens_BL.to(self.device))
         hidden_BLD = self._stand_ins[0].seen_BLD
         assert hidden_BLD is not None
-        return hidden_BLD
+        return hidden_BLD.to(CPU)
 
     # what is kept for later calls may meet gradients there, which inference mode's tensors cannot
     @torch.inference_mode(False)
@@ -319,23 +323,23 @@ class LayerStream:
         shape = (hidden_BLD.shape[0], hidden_BLD.shape[1])
         if shape not in self._call_kwargs:
             # no tokens: that would load the embedding beside a layer
-            self._call(shape, inputs_embeds=torch.zeros(*shape, hidden_BLD.shape[-1]))
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            out = layer(hidden_BLD, **self._call_kwargs[shape][index])
-        return (out[0] if isinstance(out, tuple) else out).float()
+            self._call(shape, inputs_embeds=torch.zeros(*shape, hidden_BLD.shape[-1], device=self.device))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = layer(hidden_BLD.to(self.device), **self._call_kwargs[shape][index])
+        return (out[0] if isinstance(out, tuple) else out).to(CPU, torch.float32)
 
     @torch.inference_mode()
     def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
-        """f32 (B, L, D) after the last decoder layer -> f32 (B, L, V)."""
+        """f32 (B, L, D) after the last decoder layer -> f32 (B, L, V), on the device."""
         return self.apply_head(hidden_BLD)
 
     def apply_head(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """As `logits`, with gradients where they are asked for."""
         self._load_ends()
         last = self._stand_ins[-1]
-        last.replacement_BLD = hidden_BLD
+        last.replacement_BLD = hidden_BLD.to(self.device)
         try:
-            placeholder_BL = torch.zeros(hidden_BLD.shape[:2], dtype=torch.int64)
+            placeholder_BL = torch.zeros(hidden_BLD.shape[:2], dtype=torch.int64, device=self.device)
             return self.model(input_ids=placeholder_BL, use_cache=False).logits
         finally:
             last.replacement_BLD = None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moe2gguf import ggml
-from moe2gguf.experts import ExpertBlock, find_experts
+from moe2gguf.experts import CPU, ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Spool
 from moe2gguf.states import States
@@ -146,14 +146,15 @@ class Streams:
     def _quantise(self, name: str, weight_NK: torch.Tensor) -> None:
         if (matrix := self._matrices.get(name)) is None:
             return
-        if (blocks_NB := self._spool.matrix(name, weight_NK.numpy())) is not None:
+        exact_NK = weight_NK.to(CPU)
+        if (blocks_NB := self._spool.matrix(name, exact_NK.numpy())) is not None:
             weight_NK.copy_(torch.from_numpy(ggml.decode(blocks_NB, matrix.quant_type, weight_NK.shape[1])))
             return
-        parts = weight_NK.split(ROWS_PER_JOB)
         jobs = [
-            self._pool.submit(ggml.round_trip, part.numpy(), matrix.quant_type, matrix.importance_K) for part in parts
+            self._pool.submit(ggml.round_trip, part.numpy(), matrix.quant_type, matrix.importance_K)
+            for part in exact_NK.split(ROWS_PER_JOB)
         ]
-        for part, job in zip(parts, jobs, strict=True):
+        for part, job in zip(weight_NK.split(ROWS_PER_JOB), jobs, strict=True):
             part.copy_(torch.from_numpy(job.result()))
 
 

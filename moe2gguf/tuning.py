@@ -22,7 +22,7 @@ from moe2gguf import ggml
 from moe2gguf.backward import backward, chunks
 from moe2gguf.capture import LayerCapture
 from moe2gguf.costs import gguf_name
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import CPU, find_experts
 from moe2gguf.quantised_model import QuantisedModel, Weights, tunable
 from moe2gguf.router import TRIALS_BYTES, agreement, held_out
 from moe2gguf.source import Source
@@ -114,13 +114,15 @@ def _as_it_was(
                 is_router = block is not None and weight is block.router_ED
                 if names.add(name, weight, f"blk.{index}.ffn_gate_inp.weight" if is_router else None):
                     is_calibrated = is_router and index in router_ED
-                    before[name] = torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().clone()
+                    before[name] = (
+                        torch.from_numpy(router_ED[index]) if is_calibrated else weight.detach().to(CPU, copy=True)
+                    )
             if block is not None:
                 selected[index] = capture.selected()[held_out_T]
             before |= model.scales(index, layer)
     before |= model.scales(model.stream.n_layers, None)
     with model.after_last({}) as norms:
-        before |= {name: weight.clone() for name, weight in norms.items() if names.add(name, weight, None)}
+        before |= {name: weight.to(CPU, copy=True) for name, weight in norms.items() if names.add(name, weight, None)}
     return before, selected
 
 
@@ -146,7 +148,7 @@ class _Names:
             return False
         in_file = tensor.load()
         for offset in (0, 1):
-            if np.array_equal(in_file.ravel(), weight.detach().numpy().ravel() + np.float32(offset)):
+            if np.array_equal(in_file.ravel(), weight.detach().to(CPU).numpy().ravel() + np.float32(offset)):
                 self.in_file[module] = name, offset
                 return True
         return False
@@ -199,7 +201,7 @@ def descended(
         def finish(index: int, layer: nn.Module) -> None:
             for name, weight in tunable(index, layer, find_experts(layer)).items():
                 if name in weights:
-                    weights[name].grad = weight.grad
+                    weights[name].grad = _on_cpu(weight.grad)
 
         @contextmanager
         def last() -> Iterator[None]:
@@ -208,7 +210,7 @@ def descended(
                     norm.requires_grad_(True)
                 yield
                 for name in norms.keys() & weights.keys():
-                    weights[name].grad = norms[name].grad
+                    weights[name].grad = _on_cpu(norms[name].grad)
 
         optimiser.zero_grad()
         kl, _ = backward(
@@ -221,6 +223,10 @@ def descended(
             group["lr"] = rate * group["size"] * min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / N_STEPS)
         optimiser.step()
     return now
+
+
+def _on_cpu(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.to(CPU)
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ def _draws(folder: Path, captured: Captured, scratch_folder: Path) -> Iterator[C
         for seed in range(N_DRAWS):
             stats = CalibrationStats(
                 types=(QuantType.Q8_0,), source_sha256="", n_tokens=TOKENS_SL.size, n_probe_tokens=0, seed=seed,
+                    dtype="f32",
                 tokens_SL=TOKENS_SL, text="", digest="", request="", layers=dict.fromkeys((0, 1), captured.stats),
                 importance={}, errors={f"layers.{i}.{p}": unknown for i in (0, 1) for p in ("gate_up", "down")},
             )  # fmt: skip

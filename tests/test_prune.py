@@ -131,7 +131,7 @@ def test_a_checkpoint_that_answers_another_request(tiny, small_text: Path, tmp_p
     def run(n_sequences: int, request: str) -> None:
         calibration = Calibration((small_text,), n_sequences=n_sequences, sequence_tokens=32)
         text = text_of(source, calibration, tmp_path, 1, silent, silent)
-        prune(source, 0.5, tmp_path / "pruned", request, text, silent, notes.append)
+        prune(source, 0.5, tmp_path / "pruned", request, lambda: LayerStream(source.path), text, silent, notes.append)
 
     run(2, "one")
     run(2, "one")
