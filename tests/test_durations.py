@@ -93,7 +93,7 @@ def test_codes_and_factors(source: Source) -> None:
     ) == pytest.approx((4 + 2 * (2 * 6 + 1)) * (256 / FACTORED_COLUMNS) ** 3)  # and each expert's outputs, once
     # and products: through down, the activation's slopes, and errors of rows to others in three matrices
     through_down = 2 * 6 * (2 * 256**2 * (256 + 256 + 2 * 2048) + 4 * 2048 * 256**2 + 3 * 256**3)
-    assert quantising(source, calibration=graded, **PRODUCTS) - quantising(source, matmul_flops=1.0) == pytest.approx(
+    assert quantising(source, calibration=graded, **PRODUCTS) - quantising(source, **PRODUCTS) == pytest.approx(
         through_down
     )
     for calibration, n_busy in ((CALIBRATION, 16), (graded, 8)):
