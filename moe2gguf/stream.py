@@ -222,8 +222,9 @@ class LayerStream:
             convert_and_load_state_dict_in_model(self.model, state, load_config)
         for module in self.model.modules():
             for name, weight in module._parameters.items():
-                is_there = weight is None or weight.is_meta
-                if not is_there and (weight.dtype, weight.device) != (held := self._held(name), self.device):
+                if weight is None or weight.is_meta:
+                    continue
+                if (weight.dtype, weight.device) != (held := self._held(name), self.device):
                     module._parameters[name] = nn.Parameter(weight.to(self.device, held), requires_grad=False)
             for name, values in module._buffers.items():
                 module._buffers[name] = None if values is None else values.to(self.device)

@@ -192,8 +192,10 @@ def test_one_layer_in_memory(tiny: Callable[..., Path]) -> None:
     before, living, stream = living_bytes(), [], LayerStream(folder)
 
     def progress(what: str, done: int, _total: int) -> None:
-        if done % 16:
-            return  # looking at all objects takes a tenth of a second
+        # looking at all objects takes a tenth of a second; and CPython fails to finish a tuple that another thread is
+        # making of a generator while it is looked at, as threads do that measure errors
+        if done % 16 or what.endswith("errors"):
+            return
         if match := re.match(r"layer (\d+)/4", what):
             filled = [not any(p.is_meta for p in layer.parameters()) for layer in stream.layers]
             assert filled == [index == int(match[1]) - 1 for index in range(4)], what
@@ -208,7 +210,7 @@ def test_one_layer_in_memory(tiny: Callable[..., Path]) -> None:
 
 
 def assert_same(ours: CalibrationStats, theirs: CalibrationStats) -> None:
-    for field in ("types", "source_sha256", "n_tokens", "n_probe_tokens", "seed", "text", "digest", "request"):
+    for field in ("types", "source_sha256", "n_tokens", "n_probe_tokens", "seed", "dtype", "text", "digest", "request"):
         assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.layers.keys() == theirs.layers.keys()
     for index, layer in ours.layers.items():

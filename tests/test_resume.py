@@ -212,7 +212,7 @@ def test_the_format_of_a_stage_counts(tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_quantised_layers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = np.zeros((0, 0), np.int32)
-    stats = CalibrationStats((), "", 0, 0, 0, nothing, "", "", "a request", layers={}, importance={}, errors={})
+    stats = CalibrationStats((), "", 0, 0, 0, "f32", nothing, "", "", "a request", layers={}, importance={}, errors={})
     types = {(0, "down", 0): Q.Q3_K, (0, "down", 1): Q.Q4_K}
     matrices = {"layers.0.self_attn.q_proj": Matrix(Q.Q4_K, None)}
 
