@@ -47,6 +47,16 @@ class _Group(click.Group):
             # a disk that fills up or a folder that cannot be written; OSError names the file
             click.echo(f"moe2gguf: {error}", err=True)
             context.exit(1)
+        except RuntimeError as error:
+            # torch's, which commands that do without it do not load
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            click.echo(
+                f"moe2gguf: the GPU's memory does not hold it ({str(error).splitlines()[0]}); take --dtype bf16, in "
+                "which a layer is half as large, or --device cpu. What is done already is kept",
+                err=True,
+            )
+            context.exit(1)
         except KeyboardInterrupt:
             click.echo("moe2gguf: interrupted; statistics already written are kept", err=True)
             context.exit(130)

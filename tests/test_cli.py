@@ -143,6 +143,23 @@ def test_usage_errors_exit_with_2(arguments, text):
     assert text in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_gpu_without_room(tiny, tmp_path, monkeypatch):
+    """torch's own error, which is no OSError, says in many lines what few users could do; others are no user's mistake."""
+
+    def fail(error):
+        def raise_it(*_, **__):
+            raise error
+
+        monkeypatch.setattr("moe2gguf.pipeline.calibrated", raise_it)
+        return run("calibrate", tiny("qwen3_moe"), "--device", "cpu", "--work", tmp_path)
+
+    assert_sentence(
+        fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")),
+        r"memory does not hold it \(CUDA out of memory. Tried to allocate 2 GiB.\); take --dtype bf16.*--device cpu",
+    )
+    assert isinstance(fail(RuntimeError("a bug")).exception, RuntimeError)
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [
