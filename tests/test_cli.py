@@ -144,7 +144,7 @@ def test_usage_errors_exit_with_2(arguments, text):
 
 
 def test_a_gpu_without_room(tiny, tmp_path, monkeypatch):
-    """torch's own error, which is no OSError, says in many lines what few users could do; others are no user's mistake."""
+    """torch says it in many lines; other errors of its kind are no mistake of the user."""
 
     def fail(error):
         def raise_it(*_, **__):
