@@ -172,8 +172,8 @@ calibration_options = _together(
         type=click.Choice(["auto", "f32", "bf16"]),
         default="auto",
         show_default=True,
-        help="What the model is run in. auto: bf16 for models of a billion parameters or more stored in it, where this "
-        "processor is faster so; else f32.",
+        help="What the model is run in. auto: bf16 for models of a billion parameters or more stored in it, where the "
+        "device is faster so; else f32.",
     ),
     click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling."),
     click.option(
@@ -505,8 +505,10 @@ def _open(model: str, options: dict[str, Any]):
 def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
     from moe2gguf import pipeline
+    from moe2gguf.dtypes import settled
 
-    calibration, source = _calibration(options), _open(model, options)
+    source, device = _open(model, options), _device(options)
+    calibration = settled(_calibration(options), source, device)
     with progress_display() as progress:
         text = pipeline.text_of(
             source,
@@ -516,7 +518,7 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
             progress,
             _note,
         )
-        stream = partial(pipeline.stream_of, source, calibration, _device(options))
+        stream = partial(pipeline.stream_of, source, calibration, device)
         request = pipeline.request_digest(source, calibration)
         pipeline.prune(source, share, folder, request, stream, text, progress, _note)
     click.echo(folder)

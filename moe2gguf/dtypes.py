@@ -1,9 +1,10 @@
 """What a model is run in while it is calibrated and quantised: products in float32, or in bfloat16 as it was trained.
 
 A processor with units for bfloat16 computes it two to eight times as fast; others do not, and some virtual machines
-advertise such units and trap on their instructions. So it is tried, once, in a process of its own.
+advertise such units and trap on their instructions. So it is tried, once, in a process of its own. Of GPUs CUDA knows.
 """
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import torch
 
 from moe2gguf.errors import DeviceError
+from moe2gguf.settings import Calibration
 from moe2gguf.source import Source
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -34,16 +36,20 @@ print(seconds(torch.float32) / seconds(torch.bfloat16))
 """
 
 
-def settled(name: str, source: Source) -> str:
-    """A key of DTYPES for "auto", and for itself. Raises DeviceError where the processor cannot compute it."""
-    if name == "f32":
-        return name
-    if name == "bf16":
-        if not speed_of_bf16():
-            raise DeviceError("this machine fails to multiply in bfloat16; take --dtype f32")
-        return name
+def settled(calibration: Calibration, source: Source, device: torch.device) -> Calibration:
+    """With a key of DTYPES for its "auto". Raises DeviceError where the processor cannot compute what is asked for."""
+    if calibration.dtype == "bf16" and device.type == "cpu" and not speed_of_bf16():
+        raise DeviceError("this machine fails to multiply in bfloat16; take --dtype f32")
+    if calibration.dtype != "auto":
+        return calibration
     is_large = source.n_params >= MANY_PARAMS and stored_in_bf16(source)
-    return "bf16" if is_large and speed_of_bf16() >= FASTER else "f32"
+    return dataclasses.replace(calibration, dtype="bf16" if is_large and _is_faster(device) else "f32")
+
+
+def _is_faster(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return speed_of_bf16() >= FASTER
 
 
 def stored_in_bf16(source: Source) -> bool:

@@ -4,6 +4,7 @@ machine.
 Shapes: K columns, N rows, D hidden, I intermediate, L tokens of a sequence.
 """
 
+import functools
 import os
 import re
 import time
@@ -21,6 +22,7 @@ from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
 from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS
 from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
+from moe2gguf.experts import CPU
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import MAX_ERROR_ROWS, MAX_MATRIX_ROWS
@@ -49,10 +51,11 @@ BUSY_WITH_ROWS = 8
 
 @dataclass(frozen=True)
 class Rates:
-    """Of this machine, on all cores."""
+    """Of this machine, on all cores; of products, on the device that the model is run on."""
 
     matmul_flops: float  # per second, in experts of the model's own size: small ones are slower
     layer_flops: float  # the same in what the model is run in
+    writer_flops: float  # the same on the CPU, where the model writes its text
     encoded_weights: float  # per second, by ggml
     probed_weights: float  # per second, by ggml in each of the probes' types
     fed_back_weights: float  # per second and thread, with error feedback, second moments factored
@@ -60,23 +63,27 @@ class Rates:
     draw_seconds: float  # of one logit
 
 
-def measured_rates(source: Source, n_threads: int, dtype: torch.dtype = torch.float32) -> Rates:
-    """`dtype`: what the model is run in."""
+def measured_rates(
+    source: Source, n_threads: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> Rates:
+    """`dtype` and `device`: what the model is run in and on."""
     expert = next(t for t in source.tensors if "ffn_down" in t.name and is_of_experts(t))
     _, n_hidden, n_intermediate = expert.shape
-    hidden_TD = torch.ones(TEXT_TOKENS, n_hidden)
-    token_n = torch.arange(0, TEXT_TOKENS, TEXT_TOKENS // EXPERT_TOKENS)
-    gate_up_DI, down_ID = torch.ones(n_hidden, 2 * n_intermediate), torch.ones(n_intermediate, n_hidden)
-    flops = 2 * EXPERT_TOKENS * (gate_up_DI.numel() + down_ID.numel())
+    flops = 2 * EXPERT_TOKENS * 3 * n_hidden * n_intermediate
     n_times = max(2, int(MATMUL_FLOPS / flops))
 
-    def expert_flops(dtype: torch.dtype) -> float:
-        first_DI, last_ID = gate_up_DI.to(dtype), down_ID.to(dtype)
+    @functools.cache
+    def expert_flops(dtype: torch.dtype, device: torch.device) -> float:
+        hidden_TD = torch.ones(TEXT_TOKENS, n_hidden, device=device)
+        token_n = torch.arange(0, TEXT_TOKENS, TEXT_TOKENS // EXPERT_TOKENS, device=device)
+        first_DI = torch.ones(n_hidden, 2 * n_intermediate, dtype=dtype, device=device)
+        last_ID = torch.ones(n_intermediate, n_hidden, dtype=dtype, device=device)
 
         def run() -> None:
             for _ in range(n_times):
                 gate_nI, up_nI = (hidden_TD[token_n].to(dtype) @ first_DI).chunk(2, 1)
                 hidden_TD.index_add_(0, token_n, (torch.nn.functional.silu(gate_nI) * up_nI @ last_ID).float())
+            hidden_TD[0].cpu()  # a GPU is asked, and waited for
 
         run()  # the first products start threads, and compile
         return n_times * flops / _seconds(run)
@@ -102,8 +109,9 @@ def measured_rates(source: Source, n_threads: int, dtype: torch.dtype = torch.fl
         feed_back(1)
         one_thread = _seconds(lambda: feed_back(FED_BACK_ROWS))
     return Rates(
-        matmul_flops=(matmul_flops := expert_flops(torch.float32)),
-        layer_flops=matmul_flops if dtype == torch.float32 else expert_flops(dtype),
+        matmul_flops=expert_flops(torch.float32, device),
+        layer_flops=expert_flops(dtype, device),
+        writer_flops=expert_flops(torch.float32, CPU),
         encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
         probed_weights=n_threads * weight_NK.size / _seconds(probe),
         fed_back_weights=fed_back_ENK.numel() / one_thread,
@@ -151,7 +159,7 @@ def _writing_seconds(source: Source, calibration: Calibration, length: int, rate
     read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes else DISK_BYTES_PER_SECOND)
     flops = n_sequences * length * (_layers_flops(source) + _attention_flops(source, length) + _head_flops(source))
     n_threads = 1 if n_bytes < ONE_THREAD_FILE_BYTES else torch.get_num_threads()
-    computed = flops / (rates.matmul_flops * n_threads / torch.get_num_threads())
+    computed = flops / (rates.writer_flops * n_threads / torch.get_num_threads())
     drawn = n_sequences * length * _vocabulary(source) * rates.draw_seconds
     return max(n_steps * read, computed) + drawn
 

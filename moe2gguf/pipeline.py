@@ -121,6 +121,7 @@ def convert(
         open_source, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file
     )
     source = opened(model)
+    calibration = settled(calibration, source, quantizer.device)
     work = work_folder or work_folder_for(source, outfile_for(source, outfile, budget))
     text = text_of(source, calibration, work, threads, progress, note)
     # a budget out of reach and a target that cannot be written are found before the hours of work
@@ -151,7 +152,6 @@ def convert(
         allocation, plan = recipe.allocation, plan_file(source, table, recipe.allocation, stats)
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
     paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
-    calibration = dataclasses.replace(calibration, dtype=stats.dtype)
     recipe = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
     return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt", recipe)
 
@@ -322,7 +322,7 @@ def calibrated(
 ) -> CalibrationStats:
     """The statistics in `work` if they answer the same request, else new ones, saved there. `text` is asked for the
     calibration text where another model is to write it."""
-    path = work / "stats.safetensors"
+    calibration, path = settled(calibration, source, device), work / "stats.safetensors"
     if (stats := statistics_at_hand(source, calibration, work)) is not None:
         note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
         remove_interim(work)  # there where the run that saved them was killed just then
@@ -362,7 +362,7 @@ def calibrated(
 
 
 def stream_of(source: Source, calibration: Calibration, device: torch.device) -> LayerStream:
-    return LayerStream(source.path, DTYPES[settled(calibration.dtype, source)], device)
+    return LayerStream(source.path, DTYPES[calibration.dtype], device)
 
 
 def statistics_at_hand(source: Source, calibration: Calibration, work: Path) -> CalibrationStats | None:
@@ -614,8 +614,7 @@ def request_digest(source: Source, calibration: Calibration) -> str:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
             raise Moe2ggufError(f"cannot read the calibration text {path}: {error.strerror}") from error
-    asked = dataclasses.replace(calibration, text_paths=(), dtype=settled(calibration.dtype, source))
-    digest.update(repr(asked).encode())
+    digest.update(repr(dataclasses.replace(calibration, text_paths=())).encode())
     return digest.hexdigest()
 
 

@@ -87,6 +87,7 @@ class ConversionPlan:
     reachable_bytes: tuple[int, int]
     roles: tuple[RoleShare, ...]
     dtype: str  # what the model is run in, a key of DTYPES
+    device: torch.device  # and on
     calibration_ram_bytes: int
     quantise_ram_bytes: int
     disk_bytes: int
@@ -117,6 +118,7 @@ def make_plan(
     unpruned_params = source.n_params
     if prune_share:
         source = shrunk(source, n_kept(source, prune_share))
+    calibration = settled(calibration, source, quantizer.device)
     # those of a pruned model are for another checkpoint, which need not be there yet
     stats = None if prune_share else statistics_at_hand(source, calibration, work)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
@@ -125,8 +127,8 @@ def make_plan(
         speeds = speeds_for(source, choice, work, n_threads or available_cores(), save=False)
     allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
     length = sequence_length(source, calibration)
-    dtype = DTYPES[run_in := settled(calibration.dtype, source)]
-    rates = measured_rates(source, n_threads or available_cores(), dtype)
+    dtype = DTYPES[calibration.dtype]
+    rates = measured_rates(source, n_threads or available_cores(), dtype, quantizer.device)
     # hyper-connections: several streams of hidden states
     n_streams = source.hparams.get("hc_mult", source.hparams.get("hc_count", 1))
     width = n_streams * source.tensor("token_embd.weight").shape[1]
@@ -178,7 +180,8 @@ def make_plan(
         measured=stats is not None,
         reachable_bytes=reachable_bytes(table),
         roles=roles,
-        dtype=run_in,
+        dtype=calibration.dtype,
+        device=quantizer.device,
         calibration_ram_bytes=int(BASE_BYTES + writer_bytes + max(RETAINED * calibration_bytes, sampled_bytes)),
         quantise_ram_bytes=int(
             BASE_BYTES
@@ -366,7 +369,7 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
         head.add_row("coverage", f"{plan.cold_experts} experts saw fewer than 32 calibration tokens")
     else:
         head.add_row("types", "provisional: without statistics all weights count alike; calibration decides")
-    head.add_row("run in", plan.dtype)
+    head.add_row("run in", f"{plan.dtype} on {plan.device}")
     head.add_row(
         "memory",
         f"calibration {plan.calibration_ram_bytes / GIB:.1f} GiB, quantisation {plan.quantise_ram_bytes / GIB:.1f} GiB",

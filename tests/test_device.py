@@ -9,8 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe2gguf import pipeline
+from moe2gguf.durations import measured_rates
 from moe2gguf.experts import CPU
 from moe2gguf.pipeline import Calibration, convert
+from moe2gguf.source import open_source
 from moe2gguf.stream import LayerStream
 from tests.conftest import MIDDLE_BITS, cheap_measurements
 from tests.pretended import DEVICE
@@ -30,6 +32,11 @@ def test_tensors_do_not_mix() -> None:
     assert there.device == DEVICE and torch.equal((there @ there.T).to(CPU), x @ x.T)
     with pytest.raises(RuntimeError, match="on the CPU and on the device"):
         there + x
+
+
+def test_a_plan_counts_on_it(tiny: Callable[..., Path]) -> None:
+    rates = measured_rates(open_source(tiny("qwen3_moe")), 1, device=DEVICE)
+    assert rates.layer_flops == rates.matmul_flops != rates.writer_flops
 
 
 # of each kind: attention, shared experts, biases, transposed, state spaces, several streams of hidden states

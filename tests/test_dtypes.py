@@ -12,9 +12,9 @@ from moe2gguf import dtypes
 from moe2gguf.capture import ExpertCapture
 from moe2gguf.dtypes import settled, speed_of_bf16
 from moe2gguf.errors import DeviceError
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import CPU, find_experts
 from moe2gguf.pipeline import Calibration, calibrated, request_digest
-from moe2gguf.source import open_source
+from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.stream import LayerStream
 from tests.conftest import cheap_measurements
@@ -31,18 +31,35 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda times: monkeypatch.setattr(dtypes, "speed_of_bf16", lambda: times)
 
 
+def chosen(dtype: str, source: Source, device: torch.device = CPU) -> str:
+    return settled(Calibration(dtype=dtype), source, device).dtype
+
+
 def test_chosen_for_large_models_where_it_is_faster(
     tiny: Callable[..., Path], faster: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored, other = (open_source(tiny("qwen3_moe", dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
     faster(2.2)
-    assert settled("auto", stored) == "f32"
+    assert chosen("auto", stored) == "f32"
     monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
-    assert settled("auto", stored) == "bf16"
-    assert settled("auto", other) == "f32"
-    assert settled("f32", stored) == "f32" and settled("bf16", other) == "bf16"
+    assert chosen("auto", stored) == "bf16"
+    assert chosen("auto", other) == "f32"
+    assert chosen("f32", stored) == "f32" and chosen("bf16", other) == "bf16"
     faster(0.7)
-    assert settled("auto", stored) == "f32" and settled("bf16", stored) == "bf16"
+    assert chosen("auto", stored) == "f32" and chosen("bf16", stored) == "bf16"
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_on_a_gpu_its_units_decide(
+    has_units: bool, tiny: Callable[..., Path], faster: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the processor traps on does not matter."""
+    source, gpu = open_source(tiny("qwen3_moe", dtype=torch.bfloat16)), torch.device("cuda", 0)
+    faster(0.0)
+    monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    assert chosen("auto", source, gpu) == ("bf16" if has_units else "f32")
+    assert chosen("bf16", source, gpu) == "bf16" and chosen("f32", source, gpu) == "f32"
 
 
 def test_a_processor_that_fails_to(
@@ -55,9 +72,9 @@ def test_a_processor_that_fails_to(
     try:
         assert speed_of_bf16() == 0
         monkeypatch.setattr(dtypes, "MANY_PARAMS", 0)
-        assert settled("auto", source) == "f32"
+        assert chosen("auto", source) == "f32"
         with pytest.raises(DeviceError, match="--dtype f32"):
-            settled("bf16", source)
+            chosen("bf16", source)
     finally:
         speed_of_bf16.cache_clear()
 
@@ -135,6 +152,7 @@ def test_auto_asks_for_what_it_settles_on(tiny: Callable[..., Path], small_text:
     """Statistics of a machine that is faster in bfloat16 are not taken for others."""
     source, calibration = open_source(tiny("qwen3_moe")), Calibration((small_text,))
     auto, exact, rounded = (
-        request_digest(source, dataclasses.replace(calibration, dtype=dtype)) for dtype in ("auto", "f32", "bf16")
+        request_digest(source, settled(dataclasses.replace(calibration, dtype=dtype), source, CPU))
+        for dtype in ("auto", "f32", "bf16")
     )
     assert auto == exact != rounded

@@ -16,6 +16,7 @@ NEVER = 1e30
 NOTHING = Rates(
     matmul_flops=NEVER,
     layer_flops=NEVER,
+    writer_flops=NEVER,
     encoded_weights=NEVER,
     probed_weights=NEVER,
     fed_back_weights=NEVER,
@@ -149,6 +150,8 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
     assert calibrating(source, sampled, draw_seconds=1.0) == pytest.approx(320 * N_TOKENS)
     balanced = dataclasses.replace(sampled, writer="ebss")
     assert calibrating(source, balanced, draw_seconds=1.0) == pytest.approx(4 * 320 * N_TOKENS)
+    # 320 sequences of 64 tokens are written on the CPU, wherever the model is run otherwise
+    assert calibrating(source, sampled, writer_flops=1.0) > 1 > calibrating(source, sampled)
     # 64 steps of 16 sequences side by side, each with all weights
     read = 64 * source.n_params * 8.5 / 8
     assert calibrating(source, sampled) == pytest.approx(read / durations.MEMORY_BYTES_PER_SECOND)
@@ -158,5 +161,6 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
 
 def test_rates_of_this_machine(source: Source) -> None:
     one, two = measured_rates(source, 1), measured_rates(source, 2, torch.bfloat16)
-    assert min(dataclasses.astuple(one)) > 0 and one.layer_flops == one.matmul_flops != two.layer_flops > 0
+    assert min(dataclasses.astuple(one)) > 0
+    assert one.writer_flops == one.matmul_flops == one.layer_flops and two.matmul_flops != two.layer_flops
     assert 1 < two.encoded_weights / one.encoded_weights < 4  # two threads' for one's, on a noisy machine
