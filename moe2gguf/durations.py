@@ -26,11 +26,10 @@ from moe2gguf.experts import CPU
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import MAX_ERROR_ROWS, MAX_MATRIX_ROWS
-from moe2gguf.pipeline import most_kv_bytes_per_token
 from moe2gguf.probes import EXPERT_PROBE_TYPES
 from moe2gguf.router import DAMPINGS as ROUTER_DAMPINGS
 from moe2gguf.router import HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
-from moe2gguf.sample import ONE_THREAD_FILE_BYTES, draw, n_at_once
+from moe2gguf.sample import ONE_THREAD_FILE_BYTES, draw, kv_bytes_per_token, n_at_once, writer_type
 from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
 from moe2gguf.tuning import MAX_STEP_TOKENS, N_STEPS, PASSES
@@ -44,7 +43,6 @@ DRAWN_SEQUENCES, DRAWN_TOKENS = 32, 4096
 ENCODED, FED_BACK = QuantType.IQ2_XXS, QuantType.IQ2_S
 # from memory, and from a disk where the file has no room there
 MEMORY_BYTES_PER_SECOND, DISK_BYTES_PER_SECOND = 10e9, 1e9
-BITS_OF_WRITER = 8.5
 # where rows make up for each other, those at a time of the experts at hand are no more jobs
 BUSY_WITH_ROWS = 8
 
@@ -144,17 +142,18 @@ def calibration_seconds(
         seconds += 4 * n_graded * (layers + head)
         moments = 2 * n_graded * source.n_layer * source.tensor("token_embd.weight").shape[1] ** 2
         seconds += moments / rates.matmul_flops
-    written = 0.0 if calibration.text_paths else _writing_seconds(source, calibration, length, rates)
     encoded = n_encoded / rates.encoded_weights + source.n_params / rates.probed_weights
-    return written + seconds + encoded
+    return writing_seconds(source, calibration, length, rates) + seconds + encoded
 
 
-def _writing_seconds(source: Source, calibration: Calibration, length: int, rates: Rates) -> float:
-    """Tokens of many sequences at a time, for which nearly all experts are read."""
+def writing_seconds(source: Source, calibration: Calibration, length: int, rates: Rates) -> float:
+    """Of the model's own text: tokens of many sequences at a time, for which nearly all experts are read."""
+    if calibration.text_paths:
+        return 0.0
     n_beams = BEAMS if calibration.writer == "ebss" else 1
     n_sequences = n_beams * calibration.n_sequences
-    n_steps = length * -(-n_sequences // n_at_once(n_sequences, length, most_kv_bytes_per_token(source)))
-    n_bytes = source.n_params * BITS_OF_WRITER / 8
+    n_steps = length * -(-n_sequences // n_at_once(n_sequences, length, kv_bytes_per_token(source)))
+    n_bytes = source.n_params * ggml.bits_per_weight(writer_type(source)) / 8
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes else DISK_BYTES_PER_SECOND)
     flops = n_sequences * length * (_layers_flops(source) + _attention_flops(source, length) + _head_flops(source))

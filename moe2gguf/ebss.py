@@ -4,9 +4,10 @@ The paper searches with beams, kept by -log P(S) / len(S) + σ(S) / τ, where
 
     σ(S) = mean over layers of sqrt(Σ_e (u_e - ū)² / (E - 1)),  u_e the share of selections that went to expert e,
 
-and the likelihood draws all beams to what the model says most often, soon to repetitions. Here every beam draws its
-tokens from the model's own distribution, which is what P is for, and after every 128 tokens all of a sequence's go on
-from the one that, with all other text, uses the experts most evenly. What repeats itself is rejected.
+and the likelihood draws all beams to what the model says most often, soon to repetitions. Here text is drawn where the
+paper looks for the likeliest, with probability P(S) exp(-len(S) σ(S) / τ), S all sequences together. Beams draw their
+tokens from the model's own distribution; after every 128 tokens all of a sequence's go on from one of them, drawn by
+how evenly the whole text then uses the experts. What repeats itself is rejected.
 
 Shapes: G sequences at a time, W beams of each, L layers, E experts, K selected, T tokens of a batch.
 """
@@ -26,8 +27,10 @@ from moe2gguf.text import CalibrationText
 BEAMS = 4
 # tokens that a beam goes by itself: choosing more often makes the text more even, and files calibrated on it worse
 SEGMENT_TOKENS = 128
-# of choosing among the beams of all sequences
-MAX_ROUNDS = 8
+# τ. Below it text is more even, and files calibrated on it worse: it is less like what the model writes
+TEMPERATURE = 5.0
+# of drawing a beam of each sequence, given those of all others
+ROUNDS = 4
 # of a text's runs of so many tokens, at most that share may have been there before
 REPEATED_RUN, REPEATED_SHARE = 8, 0.3
 # so many texts may be rejected for each that is kept
@@ -82,7 +85,7 @@ def balanced_text(
                 done = len(texts) * sequence_tokens + position * beams.n_groups
                 progress(done, n_sequences * sequence_tokens)
                 beams.step(position, sequence_tokens)
-            for tokens, own_LE in beams.best():
+            for tokens, own_LE in beams.chosen():
                 if is_repetitive(tokens):
                     n_rejected += 1
                 else:
@@ -116,7 +119,7 @@ class _Selections:
     def __init__(self, n_selected: int):
         import llama_cpp
 
-        self._n_selected = n_selected
+        self.n_selected = n_selected
         self._ids_by_layer: dict[int, np.ndarray] = {}  # i32 (T, K)
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._hear)
 
@@ -125,7 +128,7 @@ class _Selections:
         if not name.startswith("ffn_moe_topk-"):
             return not is_question
         if not is_question:
-            self._ids_by_layer[int(name.partition("-")[2])] = ggml.tensor_rows(tensor, self._n_selected)
+            self._ids_by_layer[int(name.partition("-")[2])] = ggml.tensor_rows(tensor, self.n_selected)
         return True
 
     def counts(self, n_experts: int) -> np.ndarray:
@@ -163,32 +166,32 @@ class _Beams:
         tokens_GW = draw(logits, self._rng).reshape(shape)
         self._tokens_GWT = np.concatenate([self._tokens_GWT, tokens_GW[..., None]], 2)
         if position % SEGMENT_TOKENS == SEGMENT_TOKENS - 1:
-            self._follow_the_best()
+            self._follow_the_chosen()
 
-    def _best_G(self) -> np.ndarray:
-        """The beams that together, and with all text before, use the experts most evenly: of each sequence in turn, all
-        others as they are, until none changes. Before that a sequence counts as its beams do on average."""
-        held_GLE, best_G = self._counts_GWLE.mean(1), np.full(self.n_groups, -1)
+    def _chosen_G(self) -> np.ndarray:
+        """A beam of each sequence, in turn, while all others are as they are (Gibbs sampling). Before its first turn a
+        sequence counts as its beams do on average."""
+        held_GLE, chosen_G = self._counts_GWLE.mean(1), np.full(self.n_groups, -1)
         total_LE = self._before_LE + held_GLE.sum(0)
-        for _ in range(MAX_ROUNDS):
-            before_G = best_G.copy()
+        n_tokens = total_LE.sum(-1).max() / self._selections.n_selected
+        for _ in range(ROUNDS):
             for g, own_WLE in enumerate(self._counts_GWLE):
                 rest_LE = total_LE - held_GLE[g]
-                best_G[g] = balance(rest_LE + own_WLE).argmin()
-                held_GLE[g] = own_WLE[best_G[g]]
+                energy_W = n_tokens * balance(rest_LE + own_WLE) / TEMPERATURE
+                weight_W = np.exp(energy_W.min() - energy_W)
+                chosen_G[g] = self._rng.choice(len(weight_W), p=weight_W / weight_W.sum())
+                held_GLE[g] = own_WLE[chosen_G[g]]
                 total_LE = rest_LE + held_GLE[g]
-            if (best_G == before_G).all():
-                break
-        return best_G
+        return chosen_G
 
-    def _follow_the_best(self) -> None:
+    def _follow_the_chosen(self) -> None:
         lib, memory = self._model.lib, self._model.lib.llama_get_memory(self._model.context)
-        for g, best in enumerate(self._best_G().tolist()):
-            for w in set(range(BEAMS)) - {best}:
+        for g, chosen in enumerate(self._chosen_G().tolist()):
+            for w in set(range(BEAMS)) - {chosen}:
                 lib.llama_memory_seq_rm(memory, g * BEAMS + w, -1, -1)
-                lib.llama_memory_seq_cp(memory, g * BEAMS + best, g * BEAMS + w, -1, -1)
-            self._tokens_GWT[g], self._counts_GWLE[g] = self._tokens_GWT[g, best], self._counts_GWLE[g, best]
+                lib.llama_memory_seq_cp(memory, g * BEAMS + chosen, g * BEAMS + w, -1, -1)
+            self._tokens_GWT[g], self._counts_GWLE[g] = self._tokens_GWT[g, chosen], self._counts_GWLE[g, chosen]
 
-    def best(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokens i64 (T,) and counts (L, E) of the best beam of each sequence."""
-        return [(self._tokens_GWT[g, w], self._counts_GWLE[g, w]) for g, w in enumerate(self._best_G().tolist())]
+    def chosen(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens i64 (T,) and counts (L, E) of a beam of each sequence."""
+        return [(self._tokens_GWT[g, w], self._counts_GWLE[g, w]) for g, w in enumerate(self._chosen_G().tolist())]

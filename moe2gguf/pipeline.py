@@ -37,7 +37,7 @@ from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.recipe import Recipe
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
-from moe2gguf.sample import sample_text
+from moe2gguf.sample import kv_bytes_per_token, sample_text, writer_type
 from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Budget, Calibration, Choice, Quantizer
 from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
@@ -306,7 +306,7 @@ def write_float(
 ) -> Path:
     """The checkpoint as a GGUF of one type (bf16, f16, f32, q8_0), a base to compare with."""
     source = open_source(model, pre_tokenizer=pre_tokenizer)
-    return _write_uniform(source, QuantType[ftype.upper()], outfile, available_cores(), progress)
+    return _write_plain(source, plan_uniform(source, QuantType[ftype.upper()]), outfile, available_cores(), progress)
 
 
 def calibrated(
@@ -514,11 +514,6 @@ def sequence_length(source: Source, calibration: Calibration) -> int:
     return min(calibration.sequence_tokens, source.hparams.get("max_position_embeddings", calibration.sequence_tokens))
 
 
-def most_kv_bytes_per_token(source: Source) -> int:
-    """Keys and values in 16 bits, as if every head had its own."""
-    return 4 * source.n_layer * source.tensor("token_embd.weight").shape[1]
-
-
 def _calibration_text(
     source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
 ) -> CalibrationText:
@@ -538,9 +533,9 @@ def _written_text(
     source: Source, calibration: Calibration, length: int, work: Path, n_threads: int, progress: Progress, note: Note
 ) -> CalibrationText:
     """By the model itself."""
-    writer = work / "sampling-q8_0.gguf"
-    _write_uniform(source, QuantType.Q8_0, writer, n_threads, progress)
-    kv_bytes_per_token = most_kv_bytes_per_token(source)
+    writer = work / "sampling.gguf"
+    _write_plain(source, plan_uniform(source, QuantType.Q8_0, writer_type(source)), writer, n_threads, progress)
+    kv_bytes = kv_bytes_per_token(source)
     try:
         if calibration.writer == "ebss":
             balanced = balanced_text(
@@ -549,7 +544,7 @@ def _written_text(
                 length,
                 n_experts=source.n_expert,
                 n_selected=source.n_expert_used,
-                kv_bytes_per_token=kv_bytes_per_token,
+                kv_bytes_per_token=kv_bytes,
                 n_threads=n_threads,
                 seed=calibration.seed,
                 progress=lambda done, total: progress("the model writes balanced calibration text", done, total),
@@ -560,7 +555,7 @@ def _written_text(
             writer,
             calibration.n_sequences,
             length,
-            kv_bytes_per_token=kv_bytes_per_token,
+            kv_bytes_per_token=kv_bytes,
             n_threads=n_threads,
             seed=calibration.seed,
             progress=lambda done, total: progress("the model writes calibration text", done, total),
@@ -585,8 +580,7 @@ def _write(
     return write_gguf(source, plan, encoded, extra_kv, target)
 
 
-def _write_uniform(source: Source, quant_type: QuantType, outfile: Path, n_threads: int, progress: Progress) -> Path:
-    plan = plan_uniform(source, quant_type)
+def _write_plain(source: Source, plan: FilePlan, outfile: Path, n_threads: int, progress: Progress) -> Path:
     target = Target(outfile, overwrite=True)
     check_target(target, plan.tensor_bytes)
     return _write(source, plan, {}, target, n_threads, progress)[0]

@@ -20,7 +20,14 @@ from moe2gguf.backward import INPUTS_BYTES, LOGITS_CHUNK_TOKENS
 from moe2gguf.calibrate import BATCH_TOKENS, GRADED_TOKENS
 from moe2gguf.costs import CostTable, cost_table
 from moe2gguf.dtypes import DTYPES, settled
-from moe2gguf.durations import calibration_seconds, is_of_experts, measured_rates, n_branches, quantise_seconds
+from moe2gguf.durations import (
+    calibration_seconds,
+    is_of_experts,
+    measured_rates,
+    n_branches,
+    quantise_seconds,
+    writing_seconds,
+)
 from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES, LAYER_SAMPLE_TOKENS, MAX_EXPERT_TOKENS
 from moe2gguf.encode_matrices import MAX_COLUMNS
@@ -31,7 +38,6 @@ from moe2gguf.pipeline import (
     Calibration,
     Choice,
     fit_budget,
-    most_kv_bytes_per_token,
     outfile_for,
     sequence_length,
     speeds_for,
@@ -41,7 +47,7 @@ from moe2gguf.pipeline import (
 from moe2gguf.probes import BRANCHES_BYTES
 from moe2gguf.prune import n_kept, shrunk
 from moe2gguf.router import TRIALS_BYTES, held_out
-from moe2gguf.sample import n_at_once
+from moe2gguf.sample import kv_bytes_per_token, n_at_once, writer_type
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
 from moe2gguf.streams import AWAY_BYTES
@@ -92,6 +98,7 @@ class ConversionPlan:
     quantise_ram_bytes: int
     disk_bytes: int
     calibration_seconds: float
+    writing_seconds: float  # of these, while the model writes its own text
     quantise_seconds: float
     cold_experts: int | None  # None without statistics
 
@@ -115,7 +122,7 @@ def make_plan(
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = outfile_for(source, outfile, budget)
     work = work_folder or work_folder_for(source, target)
-    unpruned_params = source.n_params
+    written_bytes = int(source.n_params * ggml.bits_per_weight(writer_type(source)) / 8)
     if prune_share:
         source = shrunk(source, n_kept(source, prune_share))
     calibration = settled(calibration, source, quantizer.device)
@@ -214,12 +221,13 @@ def make_plan(
             (2 if quantizer.tuning else 1) * sum(role.n_bytes for role in roles if role.role == "expert") + 2 * hidden,
             max(0, branches_bytes - BRANCHES_BYTES) + 2 * (hidden + branches_bytes),
         )
-        + (0 if stats is not None or calibration.text_paths else int(unpruned_params * 8.5 / 8))
+        + (0 if stats is not None or calibration.text_paths else written_bytes)
         # the pruned checkpoint, in 16 bits
         + (2 * source.n_params if prune_share else 0),
         calibration_seconds=0.0
         if stats is not None
         else calibration_seconds(source, table, calibration, length, rates, pruned=bool(prune_share)),
+        writing_seconds=0.0 if stats is not None else writing_seconds(source, calibration, length, rates),
         quantise_seconds=quantise_seconds(
             source, calibration, length, quantizer, rates, n_threads or available_cores()
         ),
@@ -232,14 +240,12 @@ def make_plan(
 def sampling_bytes(source: Source, calibration: Calibration) -> int:
     """Of memory while the model writes its own text: keys and values of all sequences side by side, in 16 bits, and the
     logits of a token of each. The model itself is mapped from disk, and written there one tensor at a time."""
-    length, kv_bytes = sequence_length(source, calibration), most_kv_bytes_per_token(source)
+    length, kv_bytes = sequence_length(source, calibration), kv_bytes_per_token(source)
     if calibration.writer == "ebss":
         n_parallel = BEAMS * n_groups_at_once(calibration.n_sequences, length, kv_bytes)
     else:
         n_parallel = n_at_once(calibration.n_sequences, length, kv_bytes)
-    # where heads share keys or, as in MLA, all have one that is compressed, a token takes less than kv_bytes
-    cached = [t.shape[0] for t in source.tensors if re.search(r"\.attn_(k|v|kv_a_mqa)\.weight$", t.name)]
-    cache_bytes = (2 * sum(cached) if cached else kv_bytes) * length * n_parallel
+    cache_bytes = kv_bytes * length * n_parallel
     logits_bytes = LOGIT_BYTES * n_parallel * source.tensor("token_embd.weight").shape[0]
     largest_tensor = max(prod(t.shape) for t in source.tensors) * F32_BYTES
     return max(cache_bytes + logits_bytes, 2 * largest_tensor)
@@ -375,9 +381,12 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
         f"calibration {plan.calibration_ram_bytes / GIB:.1f} GiB, quantisation {plan.quantise_ram_bytes / GIB:.1f} GiB",
     )
     head.add_row("disk", f"{plan.disk_bytes / GIB:.2f} GiB while running")
+    writing = f"the model's own text {_duration(plan.writing_seconds)} of it, none with --text FILE"
     head.add_row(
         "time",
-        f"about {_duration(plan.calibration_seconds)} calibration, {_duration(plan.quantise_seconds)} quantisation",
+        f"about {_duration(plan.calibration_seconds)} calibration"
+        + (f" ({writing})" if plan.writing_seconds else "")
+        + f", {_duration(plan.quantise_seconds)} quantisation",
     )
     roles = Table("role", "parameters", "bytes", "bpw", "types", title="allocation by role")
     for role in plan.roles:

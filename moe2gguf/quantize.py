@@ -140,13 +140,15 @@ def _expert_plans(
     ]
 
 
-def plan_uniform(source: Source, quant_type: QuantType) -> FilePlan:
-    """Every quantisable tensor at one type, or the nearest that fits its columns, in the checkpoint's order."""
+def plan_uniform(source: Source, quant_type: QuantType, of_experts: QuantType | None = None) -> FilePlan:
+    """Every quantisable tensor at one type, experts perhaps at another, or the nearest that fits its columns, in the
+    checkpoint's order."""
 
     def fitting(tensor: SourceTensor) -> QuantType:
         if not tensor.quantisable:
             return QuantType.F32
-        return quant_type if ggml.fits(quant_type, tensor.shape[-1]) else FLOAT_FALLBACK
+        wanted = quant_type if of_experts is None or expert_axis(tensor.name) is None else of_experts
+        return wanted if ggml.fits(wanted, tensor.shape[-1]) else FLOAT_FALLBACK
 
     return FilePlan(tuple(TensorPlan(t.name, t, fitting(t), None) for t in source.tensors), {})
 

@@ -1,23 +1,40 @@
 """The model writes its own calibration text: plain sampling through the runtime, many sequences at a time.
 
-The runtime maps its weights from disk, so this holds no model in memory; the file it runs is a temporary Q8_0 one.
+The runtime maps its weights from disk, so this holds no model in memory; the file it runs is a temporary one. Every
+step reads nearly all experts, so sequences go side by side, as many as keys and values have room for.
 
 Shapes: S sequences, L tokens of each, P sequences in parallel, V vocabulary.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from moe2gguf.errors import Moe2ggufError
+from moe2gguf.ggml import QuantType
 from moe2gguf.llama import OpenModel, captured_log, open_model
+from moe2gguf.source import Source
 from moe2gguf.text import CalibrationText
 
 MAX_PARALLEL_SEQUENCES = 128
-KV_CACHE_BYTES = 1 << 30
+KV_CACHE_BYTES = 2 << 30
+# from so many on experts have half the bytes, which are read for every step
+MANY_PARAMS = 10e9
 # below this, a step is shorter than the wait for another thread
 ONE_THREAD_FILE_BYTES = 256 << 20
+
+
+def writer_type(source: Source) -> QuantType:
+    """Of experts in the file that the model writes its text with, whose others are nearly exact."""
+    return QuantType.Q4_0 if source.n_params >= MANY_PARAMS else QuantType.Q8_0
+
+
+def kv_bytes_per_token(source: Source) -> int:
+    """Keys and values in 16 bits, for MLA the compressed ones; where no matrix tells, as if each head had its own."""
+    rows = [t.shape[0] for t in source.tensors if re.search(r"\.attn_(k|v|kv_a_mqa)\.weight$", t.name)]
+    return 2 * sum(rows) if rows else 4 * source.n_layer * source.tensor("token_embd.weight").shape[1]
 
 
 def n_at_once(n_sequences: int, sequence_tokens: int, kv_bytes_per_token: int) -> int:

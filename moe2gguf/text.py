@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import Moe2ggufError
 
 # of the file, and of what it says: raised when the same request gives another text
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

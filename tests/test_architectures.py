@@ -8,6 +8,7 @@ for, in the same groups and the same order, must agree with transformers to floa
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
 
+from moe2gguf import pipeline, sample
+from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.pipeline import Calibration, convert
 from moe2gguf.source import layer_of, open_source
 from moe2gguf.stats import load_stats
+from moe2gguf.text import CalibrationText
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, MIDDLE_BITS, N_EXPERTS, Converted, cheap_measurements
 from tests.dequantised import dequantised_checkpoint, dequantised_tensors
@@ -192,6 +196,23 @@ def test_statistics_are_shared_between_layouts(converted: Callable[..., Converte
     assert case.notes["stock"][0] == (
         f"using the statistics in {case.work / 'stats.safetensors'} (128 tokens of small.txt)"
     )
+
+
+def test_experts_of_large_models_write_in_fewer_bits(
+    needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calibration = open_source(tiny("qwen3_moe")), Calibration((), n_sequences=2, sequence_tokens=32)
+    types: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def sample_text(path: Path, *arguments: Any, **options: Any) -> CalibrationText:
+        for tensor in read_gguf(path).tensors:
+            types["exps" in tensor.name].add(tensor.type.name)
+        return sample.sample_text(path, *arguments, **options)
+
+    monkeypatch.setattr(pipeline, "sample_text", sample_text)
+    monkeypatch.setattr(sample, "MANY_PARAMS", source.n_params)
+    text = pipeline.text_of(source, calibration, tmp_path, 2, lambda *_: None, lambda _: None)()
+    assert text.tokens_SL.shape == (2, 32) and types == {True: {"Q4_0"}, False: {"Q8_0", "F32"}}
 
 
 def test_the_model_writes_its_own_text(needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ import torch
 
 from moe2gguf import durations
 from moe2gguf.costs import cost_table
-from moe2gguf.durations import FACTORED_COLUMNS, Rates, calibration_seconds, measured_rates, quantise_seconds
+from moe2gguf.durations import (
+    FACTORED_COLUMNS,
+    Rates,
+    calibration_seconds,
+    measured_rates,
+    quantise_seconds,
+    writing_seconds,
+)
 from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, open_source
 
@@ -152,11 +159,15 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
     assert calibrating(source, balanced, draw_seconds=1.0) == pytest.approx(4 * 320 * N_TOKENS)
     # 320 sequences of 64 tokens are written on the CPU, wherever the model is run otherwise
     assert calibrating(source, sampled, writer_flops=1.0) > 1 > calibrating(source, sampled)
+    assert writing_seconds(source, CALIBRATION, LENGTH, NOTHING) == 0
     # 64 steps of 16 sequences side by side, each with all weights
     read = 64 * source.n_params * 8.5 / 8
     assert calibrating(source, sampled) == pytest.approx(read / durations.MEMORY_BYTES_PER_SECOND)
     monkeypatch.setattr(durations.os, "sysconf", lambda name: 1)
     assert calibrating(source, sampled) == pytest.approx(read / durations.DISK_BYTES_PER_SECOND)
+    # large ones write with a file of half the bits
+    monkeypatch.setattr("moe2gguf.sample.MANY_PARAMS", source.n_params)
+    assert calibrating(source, sampled) == pytest.approx(4.5 / 8.5 * read / durations.DISK_BYTES_PER_SECOND)
 
 
 def test_rates_of_this_machine(source: Source) -> None:

@@ -90,24 +90,45 @@ def test_selections_are_the_models(folder: Path, writer: Path) -> None:
 
 
 def test_text_is_more_even_than_plain_samples(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    balanced = write(writer, n_sequences=12)
+    found = {}
+    for temperature in (1e-6, ebss.TEMPERATURE, 1e9):
+        monkeypatch.setattr(ebss, "TEMPERATURE", temperature)
+        found[temperature] = write(writer, n_sequences=12)
+    coldest, balanced, plain = found.values()
     assert balanced.text.tokens_SL.shape == (12, 40) and balanced.n_rejected == 0
     assert len({*balanced.text.tokens_SL[:, 0].tolist()}) == 1 and len({*balanced.text.tokens_SL[:, 1].tolist()}) > 1
-    monkeypatch.setattr(ebss._Beams, "_best_G", lambda self: np.zeros(self.n_groups, int))
-    plain = write(writer, n_sequences=12)
-    assert balanced.balance < 0.8 * plain.balance
+    assert coldest.balance < balanced.balance < plain.balance and coldest.balance < 0.8 * plain.balance
 
 
-def test_beams_are_chosen_together() -> None:
+@pytest.fixture
+def beams() -> ebss._Beams:
+    """Of two sequences three each, of 10 tokens through a router of two experts."""
+    made = object.__new__(ebss._Beams)
+    made.n_groups, made._rng, made._selections = 2, np.random.default_rng(0), ebss._Selections(1)
+    made._counts_GWLE = np.array([[[[8.0, 2]], [[2, 8]], [[7, 3]]]] * 2)
+    made._before_LE = np.zeros((1, 2))
+    return made
+
+
+def test_beams_are_chosen_together(beams: ebss._Beams, monkeypatch: pytest.MonkeyPatch) -> None:
     """One leaning each way is even, though of each sequence the third beam is by itself."""
-    beams = object.__new__(ebss._Beams)
-    beams.n_groups = 2
-    beams._counts_GWLE = np.array([[[[8.0, 2]], [[2, 8]], [[7, 3]]]] * 2)
-    beams._before_LE = np.zeros((1, 2))
-    assert beams._best_G().tolist() == [1, 0]
+    monkeypatch.setattr(ebss, "TEMPERATURE", 1e-6)
+    assert sorted(beams._chosen_G()) == [0, 1]
     # what is there already counts
     beams._before_LE = np.array([[14.0, 2]])
-    assert beams._best_G().tolist() == [1, 1]
+    assert beams._chosen_G().tolist() == [1, 1]
+
+
+def test_beams_are_drawn_by_how_even_all_text_is(beams: ebss._Beams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as exp(-len(S) σ(S) / τ) says of each pair."""
+    monkeypatch.setattr(ebss, "TEMPERATURE", 6.0)
+    beams._before_LE = np.array([[6.0, 4]])
+    one, other = beams._counts_GWLE
+    weight_WW = np.array([[np.exp(-30 * balance(beams._before_LE + a + b) / 6) for b in other] for a in one])
+    found_WW = np.zeros((3, 3))
+    for _ in range(4000):
+        found_WW[tuple(beams._chosen_G())] += 1 / 4000
+    np.testing.assert_allclose(found_WW, weight_WW / weight_WW.sum(), atol=0.03)
 
 
 def test_seeds_decide(writer: Path) -> None:

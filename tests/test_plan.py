@@ -52,12 +52,13 @@ def test_before_calibration(tiny, tmp_path):
     assert sum(n for _, n in of_role["expert"].types) == 2 * 2 * 6
     assert of_role["kept in F32"].bits_per_weight == 32
     assert plan.calibration_seconds > 0 and plan.quantise_seconds > 0
-    # self-sampled text needs room for a Q8_0 file
+    # the model's own text needs room for a Q8_0 file
     text = tmp_path / "text.txt"
     text.write_text("x")
     sampled = plan.disk_bytes - planned(folder, tmp_path, calibration=Calibration((text,))).disk_bytes
     assert sampled == int(source.n_params * 8.5 / 8)
     out = rendered(plan)
+    assert "the model's own text" in out and "none with --text FILE" in " ".join(out.split())
     assert "provisional" in out and "8 experts" not in out and "2 of 6 experts" in out
     assert f"{plan.allocation.tensor_bytes:,} bytes" in out
 

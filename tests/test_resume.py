@@ -28,7 +28,7 @@ from tests.conftest import cheap_measurements
 # each is there after the stage that the one before it began: the model to sample from, its text, a layer of the
 # calibration, all and the head, the statistics, one layer of experts, both, the routers, the file being written
 MOMENTS = (
-    "work/sampling-q8_0.gguf",
+    "work/sampling.gguf",
     "work/text.safetensors",
     "work/calibrating-0001",
     "work/calibrating-0003",
