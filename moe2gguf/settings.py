@@ -17,7 +17,7 @@ class Calibration:
     """How to calibrate."""
 
     text_paths: tuple[Path, ...] = ()  # empty: the model writes its own text
-    writer: str = "sample"  # how it does: "sample" | "ebss"
+    writer: str = "ebss"  # how it does: "sample" | "ebss"
     n_sequences: int = 128
     sequence_tokens: int = 512
     n_probe_tokens: int = 4096

@@ -201,7 +201,8 @@ def test_statistics_are_shared_between_layouts(converted: Callable[..., Converte
 def test_experts_of_large_models_write_in_fewer_bits(
     needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, calibration = open_source(tiny("qwen3_moe")), Calibration((), n_sequences=2, sequence_tokens=32)
+    source = open_source(tiny("qwen3_moe"))
+    calibration = Calibration((), writer="sample", n_sequences=2, sequence_tokens=32)
     types: dict[bool, set[str]] = {True: set(), False: set()}
 
     def sample_text(path: Path, *arguments: Any, **options: Any) -> CalibrationText:
@@ -216,7 +217,8 @@ def test_experts_of_large_models_write_in_fewer_bits(
 
 
 def test_the_model_writes_its_own_text(needs_runtime: None, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    folder, own = tiny("qwen3_moe", **ODD), Calibration((), n_sequences=4, sequence_tokens=32, n_probe_tokens=64)
+    folder = tiny("qwen3_moe", **ODD)
+    own = Calibration((), writer="sample", n_sequences=4, sequence_tokens=32, n_probe_tokens=64)
     with cheap_measurements():
         first, again = (
             convert(folder, tmp_path / f"{n}.gguf", bits=5.6, calibration=own, work_folder=tmp_path / n)

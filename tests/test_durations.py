@@ -152,11 +152,11 @@ def test_layers_that_are_run_in_16_bits(source: Source) -> None:
 
 
 def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampled = dataclasses.replace(CALIBRATION, text_paths=())
+    sampled = dataclasses.replace(CALIBRATION, text_paths=(), writer="sample")
     assert calibrating(source, draw_seconds=1.0) == pytest.approx(calibrating(source), abs=1e-9)
     assert calibrating(source, sampled, draw_seconds=1.0) == pytest.approx(320 * N_TOKENS)
     balanced = dataclasses.replace(sampled, writer="ebss")
-    assert calibrating(source, balanced, draw_seconds=1.0) == pytest.approx(4 * 320 * N_TOKENS)
+    assert calibrating(source, balanced, draw_seconds=1.0) == pytest.approx(2 * 320 * N_TOKENS)
     # 320 sequences of 64 tokens are written on the CPU, wherever the model is run otherwise
     assert calibrating(source, sampled, writer_flops=1.0) > 1 > calibrating(source, sampled)
     assert writing_seconds(source, CALIBRATION, LENGTH, NOTHING) == 0

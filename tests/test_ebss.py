@@ -91,7 +91,7 @@ def test_selections_are_the_models(folder: Path, writer: Path) -> None:
 
 def test_text_is_more_even_than_plain_samples(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
-    for temperature in (1e-6, ebss.TEMPERATURE, 1e9):
+    for temperature in (1e-6, 0.5, 1e9):
         monkeypatch.setattr(ebss, "TEMPERATURE", temperature)
         found[temperature] = write(writer, n_sequences=12)
     coldest, balanced, plain = found.values()
@@ -149,7 +149,7 @@ def test_what_repeats_itself_is_written_again(writer: Path, monkeypatch: pytest.
 
 def test_calibrating_on_it(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    calibration = pipeline.Calibration(writer="ebss", n_sequences=4, sequence_tokens=32, n_probe_tokens=32)
+    calibration = pipeline.Calibration(n_sequences=4, sequence_tokens=32, n_probe_tokens=32)
     with cheap_measurements():
         stats = pipeline.calibrated(open_source(folder), calibration, tmp_path, n_threads=2, note=said.append)
     assert stats.text == "expert-balanced self-sampling" and stats.tokens_SL.shape == (4, 32)

@@ -92,11 +92,11 @@ def test_memory_of_sampling(tiny, tmp_path):
     of_token = 2 * 2 * 2 * n_kv  # layers, keys and values, bytes
     large = 2 * max(prod(shape) for shape in shapes.values()) * 4
     for calibration, n_parallel in (
-        (Calibration(n_sequences=128, sequence_tokens=512), 128),
-        (Calibration(n_sequences=500, sequence_tokens=512), 128),
-        (Calibration(n_sequences=100, sequence_tokens=512), 100),
-        (Calibration(n_sequences=20, sequence_tokens=512, writer="ebss"), 80),
-        (Calibration(n_sequences=100, sequence_tokens=512, writer="ebss"), 128),
+        (Calibration(n_sequences=128, sequence_tokens=512, writer="sample"), 128),
+        (Calibration(n_sequences=500, sequence_tokens=512, writer="sample"), 128),
+        (Calibration(n_sequences=100, sequence_tokens=512, writer="sample"), 100),
+        (Calibration(n_sequences=20, sequence_tokens=512), 40),
+        (Calibration(n_sequences=100, sequence_tokens=512), 128),
     ):
         wanted = of_token * 512 * n_parallel + 24 * 320 * n_parallel
         assert wanted > large and sampling_bytes(source, calibration) == wanted
