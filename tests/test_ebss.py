@@ -18,6 +18,7 @@ from moe2gguf.sample import decode
 from moe2gguf.source import open_source
 from moe2gguf.stream import LayerStream
 from tests.conftest import cheap_measurements
+from tests.tiny_configs import MODEL_TYPES
 
 N_EXPERTS, TOP_K = 6, 3
 
@@ -145,6 +146,18 @@ def test_what_repeats_itself_is_written_again(writer: Path, monkeypatch: pytest.
     monkeypatch.setattr(ebss, "is_repetitive", lambda _: True)
     with pytest.raises(Moe2ggufError, match="repeat themselves; calibrate on --text FILE"):
         write(writer, n_sequences=2)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_architecture_writes(
+    model_type: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of random weights some repeat one token for ever."""
+    monkeypatch.setattr(ebss, "is_repetitive", lambda _: False)
+    source, said = open_source(tiny(model_type)), list[str]()
+    calibration = pipeline.Calibration(n_sequences=3, sequence_tokens=24)
+    text = pipeline.text_of(source, calibration, tmp_path, 1, lambda *_: None, said.append)()
+    assert text.tokens_SL.shape == (3, 24) and said == ["self-sampled texts rejected because they repeat themselves: 0"]
 
 
 def test_calibrating_on_it(folder: Path, tmp_path: Path) -> None:
