@@ -25,7 +25,7 @@ console = Console()
 
 # what may be said to `convert` along with a recipe to replay
 BESIDE_A_RECIPE = {
-    *("model", "recipe_path", "text_paths", "work_folder", "device_name", "threads", "dry_run"),
+    *("model", "recipe_path", "text_paths", "work_folder", "resume", "device_name", "threads", "dry_run"),
     *("outfile", "split_max_size", "split_max_tensors", "force", "model_name", "metadata", "pre_tokenizer"),
 }
 
@@ -181,6 +181,12 @@ calibration_options = _together(
         "work_folder",
         type=click.Path(file_okay=False, path_type=Path),
         help="Folder for the statistics, which later runs use again  [default: MODEL.moe2gguf beside the output].",
+    ),
+    click.option(
+        "--resume/--no-resume",
+        default=True,
+        show_default=True,
+        help="Go on from what earlier runs left in that folder, or remove it and begin anew.",
     ),
 )
 budget_options = _together(
@@ -435,6 +441,7 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             quantizer=_quantizer(options),
             prune_share=options["prune_share"],
             work_folder=options["work_folder"],
+            resume=options["resume"],
             n_threads=options["threads"],
             pre_tokenizer=options["pre_tokenizer"],
             model_name=options["model_name"],
@@ -460,6 +467,7 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             prune_share=options["prune_share"],
             recipe=recipe,
             work_folder=options["work_folder"],
+            resume=options["resume"],
             split_max_bytes=options["split_max_size"],
             split_max_tensors=options["split_max_tensors"],
             overwrite=options["force"],
@@ -509,11 +517,14 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
 
     source, device = _open(model, options), _device(options)
     calibration = settled(_calibration(options), source, device)
+    work = options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf")
+    if not options["resume"]:
+        pipeline.begin_anew(work)
     with progress_display() as progress:
         text = pipeline.text_of(
             source,
             calibration,
-            options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf"),
+            work,
             options["threads"] or available_cores(),
             progress,
             _note,
@@ -542,6 +553,8 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
 
     calibration, source = _calibration(options), _open(model, options)
     work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
+    if not options["resume"]:
+        pipeline.begin_anew(work)
     with progress_display() as progress:
         stats = pipeline.calibrated(
             source,

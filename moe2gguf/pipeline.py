@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,7 @@ from moe2gguf.experts import CPU
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, check_target, file_bytes, write_gguf
 from moe2gguf.imatrix import read_imatrix, with_imatrix
+from moe2gguf.interim import PREFIX as INTERIM_PREFIX
 from moe2gguf.interim import remove_interim
 from moe2gguf.llama import available_cores
 from moe2gguf.provenance import changed_values, provenance
@@ -55,6 +57,16 @@ from moe2gguf.tuning import describe as describe_tuned
 from moe2gguf.tuning import tune
 
 Note = Callable[[str], None]
+
+# in a work folder
+LEFT_TO_RESUME = (
+    "text.safetensors",
+    "calibration.txt",
+    "stats.safetensors",
+    f"{INTERIM_PREFIX}*",
+    "experts-*",
+    "pruned-*",
+)
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -97,6 +109,7 @@ def convert(
     prune_share: float = 0.0,
     recipe: Recipe | None = None,
     work_folder: Path | None = None,
+    resume: bool = True,
     split_max_bytes: int = 0,
     split_max_tensors: int = 0,
     overwrite: bool = False,
@@ -107,8 +120,8 @@ def convert(
     progress: Progress = no_progress,
     note: Note = no_note,
 ) -> ConvertResult:
-    """A checkpoint to a GGUF within the budget. Statistics found in work_folder are used again if they fit. A recipe
-    decides everything else but the device and where its text lies."""
+    """A checkpoint to a GGUF within the budget. What an earlier run left in work_folder is used again if it fits, or
+    with resume=False removed. A recipe decides everything else but the device and where its text lies."""
     threads = n_threads or available_cores()
     calibration = calibration or Calibration()
     if recipe is not None:
@@ -128,6 +141,8 @@ def convert(
     if prune_share:
         if recipe is None:
             provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
+        if not resume:
+            begin_anew(work)
         folder = pruned_folder(source, prune_share, work)
         stream = functools.partial(stream_of, source, calibration, quantizer.device)
         prune(source, prune_share, folder, request_digest(source, calibration), stream, text, progress, note)
@@ -136,6 +151,8 @@ def convert(
     provisional = provisional_allocation(source, budget, choice) if recipe is None else recipe.allocation
     check_belongs(source, provisional)
     check_target(target, provisional.tensor_bytes)
+    if not resume:
+        begin_anew(work)
 
     stats = calibrated(
         source, calibration, work, n_threads=threads, device=quantizer.device, text=text, progress=progress, note=note
@@ -500,6 +517,16 @@ def outfile_for(source: Source, outfile: Path | None, budget: Budget) -> Path:
 def work_folder_for(source: Source, target: Path) -> Path:
     """One folder for all budgets of a model, beside its files."""
     return target.parent / f"{source.path.name}.moe2gguf"
+
+
+def begin_anew(work: Path) -> None:
+    """Without what earlier runs left; how fast this machine is stays known."""
+    for pattern in LEFT_TO_RESUME:
+        for path in work.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def text_of(

@@ -113,12 +113,13 @@ def make_plan(
     quantizer: Quantizer = DEFAULT_QUANTIZER,
     prune_share: float = 0.0,
     work_folder: Path | None,
+    resume: bool = True,
     pre_tokenizer: str | None,
     model_name: str | None = None,
     metadata_file: Path | None = None,
     n_threads: int | None = None,
 ) -> ConversionPlan:
-    """Uses the statistics at hand if they fit the request, and says whether it did."""
+    """Uses the statistics at hand if they fit the request, unless nothing is to be resumed, and says whether it did."""
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
     target = outfile_for(source, outfile, budget)
     work = work_folder or work_folder_for(source, target)
@@ -127,7 +128,7 @@ def make_plan(
         source = shrunk(source, n_kept(source, prune_share))
     calibration = settled(calibration, source, quantizer.device)
     # those of a pruned model are for another checkpoint, which need not be there yet
-    stats = None if prune_share else statistics_at_hand(source, calibration, work)
+    stats = statistics_at_hand(source, calibration, work) if resume and not prune_share else None
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     speeds = None
     if stats is not None:

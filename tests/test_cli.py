@@ -264,6 +264,37 @@ def test_dry_run_before_and_after_calibration(done, small_text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_begin_anew(tiny, small_text, tmp_path):
+    command = [
+        "calibrate",
+        tiny("qwen3_moe"),
+        "--text",
+        small_text,
+        "--sequences",
+        4,
+        "--length",
+        32,
+        "--probe-tokens",
+        64,
+    ]
+    command += ["--work", tmp_path]
+    with cheap_measurements():
+        run(*command)
+        (tmp_path / "experts-0").mkdir()
+        (tmp_path / "ours.txt").touch()
+        resumed, anew = run(*command, "--resume"), run(*command, "--no-resume")
+    assert "using the statistics in" in resumed.stderr and "using the statistics in" not in anew.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration.txt", "stats.safetensors", "ours.txt"}
+
+
+def test_the_plan_of_beginning_anew(done, small_text):
+    command = ["convert", done.folder, "--bits", 3.6, *request(done, small_text), "--dry-run"]
+    with cheap_measurements():
+        resumed, anew = run(*command), run(*command, "--no-resume")
+    assert "provisional" not in resumed.stdout and "provisional" in anew.stdout
+    assert (done.work / "stats.safetensors").exists()
+
+
 # mistakes
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moe2gguf import pipeline
+from moe2gguf.errors import BudgetError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.gguf_file import Target, check_target
 from moe2gguf.pipeline import Calibration, Quantizer, convert, request_digest, spool_for
@@ -195,6 +196,11 @@ def test_what_an_option_costs(needs_runtime: None, tiny, small_text: Path, tmp_p
     stages.paths["stats"].write_bytes(b"what is left of a disk")
     assert renewed(read) == {"stats"}
     assert renewed(read) == set()
+    # a mistake costs nothing
+    with pytest.raises(BudgetError):
+        renewed(read, bits=0.5, resume=False)
+    assert renewed(read) == set()
+    assert renewed(read, resume=False) == {"stats"} and not stages.paths["text"].exists()
 
 
 def test_the_format_of_a_stage_counts(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
