@@ -265,19 +265,8 @@ def test_dry_run_before_and_after_calibration(done, small_text, tmp_path):
 
 
 def test_begin_anew(tiny, small_text, tmp_path):
-    command = [
-        "calibrate",
-        tiny("qwen3_moe"),
-        "--text",
-        small_text,
-        "--sequences",
-        4,
-        "--length",
-        32,
-        "--probe-tokens",
-        64,
-    ]
-    command += ["--work", tmp_path]
+    few = ["--sequences", 4, "--length", 32, "--probe-tokens", 64]
+    command = ["calibrate", tiny("qwen3_moe"), "--text", small_text, *few, "--work", tmp_path]
     with cheap_measurements():
         run(*command)
         (tmp_path / "experts-0").mkdir()
