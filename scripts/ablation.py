@@ -60,6 +60,7 @@ MORE = (
 @click.option("--text", type=click.Path(exists=True, path_type=Path), multiple=True, help="[default: CPython's own]")
 @click.option("--bits", default="2.06,2.3,2.54,3.03,3.5", show_default=True)
 @click.option("--more-at", default=2.54, show_default=True, help="Of these bits, more variants.")
+@click.option("--seed", default=0, show_default=True, help="Of all calibrations.")
 @click.option("--chunks", default=16, show_default=True, help="Of 512 tokens, of each text.")
 def main(
     model: str,
@@ -69,14 +70,15 @@ def main(
     text: tuple[Path, ...],
     bits: str,
     more_at: float,
+    seed: int,
     chunks: int,
 ) -> None:
     texts = {path.stem: path.read_text(encoding="utf-8") for path in text} or {"CPython": held_out_text(chunks * 3000)}
     calibrations = {
-        "text": Calibration(text_paths=calibration_text),
-        "other": Calibration(text_paths=other_text),
-        "sample": Calibration(writer="sample"),
-        "ebss": Calibration(writer="ebss"),
+        "text": Calibration(text_paths=calibration_text, seed=seed),
+        "other": Calibration(text_paths=other_text, seed=seed),
+        "sample": Calibration(writer="sample", seed=seed),
+        "ebss": Calibration(writer="ebss", seed=seed),
     }
     folder.mkdir(parents=True, exist_ok=True)
     base = pipeline.write_float(model, folder / "base.gguf")

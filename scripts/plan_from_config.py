@@ -31,8 +31,9 @@ from moe2gguf.source.checkpoint import TOKENIZER_FILES, resolve_model
 @click.option("--layout", type=click.Choice(["grouped", "stock"]), default="grouped", show_default=True)
 @click.option("--sequences", default=128, show_default=True)
 @click.option("--length", default=512, show_default=True)
+@click.option("--own-text", is_flag=True, help="Written by the model.")
 @click.option("--name", help="Of the file  [default: the configuration's].")
-def main(config: Path, bits: float, layout: str, sequences: int, length: int, name: str | None) -> None:
+def main(config: Path, bits: float, layout: str, sequences: int, length: int, own_text: bool, name: str | None) -> None:
     with tempfile.TemporaryDirectory() as parent:
         folder = write_skeleton(config, Path(parent) / (name or config.stem))
         plan = make_plan(
@@ -40,8 +41,8 @@ def main(config: Path, bits: float, layout: str, sequences: int, length: int, na
             Path(f"{folder.name}-{bits:g}.gguf"),
             Budget(bits),
             Choice(layout),
-            # a text, so that none is to be sampled; it is not read
-            Calibration((config,), n_sequences=sequences, sequence_tokens=length),
+            # a text, where none is to be written; it is not read
+            Calibration(() if own_text else (config,), n_sequences=sequences, sequence_tokens=length),
             work_folder=folder,
             pre_tokenizer=None,
         )
