@@ -121,7 +121,7 @@ class BenchRequest:
     calibration_texts: tuple[Path, ...] = ()  # none: the model writes its own
     n_sequences: int = 128
     sequence_tokens: int = 512
-    n_probe_tokens: int = 4096
+    n_probe_tokens: int = 2048
     seed: int = 0
     n_ctx: int = 512
     n_chunks: int = 64

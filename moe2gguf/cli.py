@@ -154,7 +154,7 @@ calibration_options = _together(
     click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each."),
     click.option(
         "--probe-tokens",
-        default=4096,
+        default=2048,
         show_default=True,
         type=click.IntRange(min=16),
         help="Tokens of text on which the model's sensitivity is probed.",

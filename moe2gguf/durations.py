@@ -28,7 +28,7 @@ from moe2gguf.ggml import QuantType
 from moe2gguf.measure import MAX_ERROR_ROWS, MAX_MATRIX_ROWS
 from moe2gguf.probes import EXPERT_PROBE_TYPES
 from moe2gguf.router import DAMPINGS as ROUTER_DAMPINGS
-from moe2gguf.router import HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS
+from moe2gguf.router import HELD_OUT, MAX_HELD_OUT_TOKENS, MAX_TOKENS, held_out, taken
 from moe2gguf.sample import ONE_THREAD_FILE_BYTES, draw, kv_bytes_per_token, n_at_once, writer_type
 from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, SourceTensor, expert_axis, layer_of
@@ -166,10 +166,10 @@ def writing_seconds(source: Source, calibration: Calibration, length: int, rates
 def quantise_seconds(
     source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates, n_threads: int
 ) -> float:
-    """The text in two streams, twice with router calibration; second moments and their factors for each damping; the
-    codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the file. With
-    gradients their second moments too, by the experts' outputs; blocks of rows then wait for each other, which keeps no
-    more than a thread or two busy."""
+    """The text in two streams, part of it again for router calibration; second moments and their factors for each
+    damping; the codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the
+    file. With gradients their second moments too, by the experts' outputs; blocks of rows then wait for each other,
+    which keeps no more than a thread or two busy."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
@@ -217,12 +217,14 @@ def quantise_seconds(
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]
+        held_out_S = held_out(calibration.n_sequences, length)
+        n_taken = length * int(taken(held_out_S, length, source.n_expert, source.n_expert_used).sum())
         flops += n_moe_layers * (
-            2 * source.n_expert * min(n_tokens, MAX_TOKENS) * n_hidden**2
+            2 * source.n_expert * min(n_taken, MAX_TOKENS) * n_hidden**2
             + 2 * len(ROUTER_DAMPINGS) * source.n_expert * n_hidden**3 / 3
         )
         # held-out tokens, a branch for each layer
-        seconds += 2.5 * n_tokens * layers + n_moe_layers * n_held_out * (layers / 2 + head)
+        seconds += 2.5 * n_taken * layers + n_moe_layers * n_held_out * (layers / 2 + head)
     if quantizer.tuning:  # forward, forward again for what is kept, and back, by activations and weights; then trials
         seconds += 4 * min(PASSES * n_tokens, N_STEPS * MAX_STEP_TOKENS) * (layers + head) + n_tokens * layers
         seconds += source.n_layer * n_held_out * (layers / 2 + head)

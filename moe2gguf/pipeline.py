@@ -266,6 +266,8 @@ def _quantised(
             types,
             matrices,
             spool,
+            n_experts=source.n_expert,
+            n_selected=source.n_expert_used,
             device=quantizer.device,
             n_threads=n_threads,
             progress=lambda what, done, total: progress(f"routers, {what}", done, total),

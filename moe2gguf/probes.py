@@ -3,7 +3,7 @@
 A new stream branches off the clean one at each projection of each layer; all of them run on, layer by layer, beside
 it. At the end their KL divergence from the clean stream is the cost of that projection at the probe's type.
 
-Shapes: S sequences, L tokens of each, D hidden, E experts, K columns, N rows, V vocabulary.
+Shapes: S sequences, L tokens of each, T = S·L, D hidden, E experts, K columns, N rows, V vocabulary, B branches.
 """
 
 import dataclasses
@@ -35,6 +35,8 @@ N_PARTS = 16
 # for columns that are no multiple of 256; candidates, since a probe is read beside the error measured at its type
 SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
 LOGITS_CHUNK_TOKENS = 256
+# the few tokens that errors matter most for, which differ from text to text, count no more than one at this quantile
+HARD_QUANTILE = 0.98
 # of hidden states kept in memory; the rest lies on disk
 BRANCHES_BYTES = 1 << 29
 # experts whose weights at a probe type wait for their turn
@@ -43,7 +45,7 @@ IN_FLIGHT = 8
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Mean KL divergence, nats per token, with a whole projection at one type."""
+    """KL divergence, nats per token, with a whole projection at one type."""
 
     quant_type: QuantType
     kl: float
@@ -128,29 +130,30 @@ class Probes:
         self._clean_SLD = self._run(index, layer, self._clean_SLD)
 
     def finish(self, head: MatrixCapture, progress: Callable[[int, int], None]) -> dict[str, tuple[Probe, ...]]:
-        """Every probe's mean KL divergence, by name."""
+        """Every probe's KL divergence, by name: the mean over tokens, of which the hardest count less."""
         weight = head.module.weight
         # encoded until they are needed: with a large vocabulary more than a layer
         heads = {
             ("lm_head", t): self._encoded(weight, t, head.importance_K())
             for t in _fitting(MATRIX_PROBE_TYPES, weight.shape[1])
         }
-        sums = dict.fromkeys([*self._branches, *heads], 0.0)
-        chunks, step = _chunks(self._clean_SLD)
+        kls: dict[tuple[str, QuantType], list[torch.Tensor]] = {key: [] for key in [*self._branches, *heads]}
+        chunks = _chunks(self._clean_SLD)[0]
         for done, chunk in enumerate(chunks):
             progress(done, len(chunks))
             clean_LV = torch.log_softmax(self._stream.logits(self._clean_SLD[chunk])[0], -1)
-            for name in self._branches:
-                part_1LD = self._branches.part(name, chunk[0].start, chunk[1])
-                sums[name] += _kl(clean_LV, self._stream.logits(part_1LD)[0])
+            for branch in self._branches:
+                part_1LD = self._branches.part(branch, chunk[0].start, chunk[1])
+                kls[branch].append(_kl(clean_LV, self._stream.logits(part_1LD)[0]))
             for key, parts in heads.items():
                 with _restored(weight):
                     self._decode(parts, key[1], weight)
-                    sums[key] += _kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0])
+                    kls[key].append(_kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0]))
         self._branches.close()
         found: dict[str, tuple[Probe, ...]] = {}
-        for (name, quant_type), total in sums.items():
-            found[name] = (*found.get(name, ()), Probe(quant_type, total / (len(chunks) * step)))
+        kl_BT = torch.stack([torch.cat(parts) for parts in kls.values()])
+        for (name, quant_type), kl in zip(kls, (kl_BT @ token_weights(kl_BT)).tolist(), strict=True):
+            found[name] = (*found.get(name, ()), Probe(quant_type, kl))
         return found
 
     def _encoded(self, weight_NK: torch.Tensor, quant_type: QuantType, importance_K: np.ndarray) -> list[np.ndarray]:
@@ -188,7 +191,7 @@ def mean_kl(stream: LayerStream, clean_SLD: torch.Tensor, other_SLD: torch.Tenso
     total = 0.0
     for chunk in chunks:
         clean_LV = torch.log_softmax(stream.logits(clean_SLD[chunk])[0], -1)
-        total += _kl(clean_LV, stream.logits(other_SLD[chunk])[0])
+        total += float(_kl(clean_LV, stream.logits(other_SLD[chunk])[0]).sum())
     return total / (len(chunks) * step)
 
 
@@ -200,7 +203,15 @@ def _chunks(hidden_SLD: torch.Tensor) -> tuple[list[tuple[slice, slice]], int]:
     return [(slice(s, s + 1), slice(start, start + step)) for s in range(n_sequences) for start in starts], step
 
 
-def _kl(clean_LV: torch.Tensor, logits_LV: torch.Tensor) -> float:
-    """Σ over positions of KL(clean ‖ other), nats."""
+def token_weights(kl_BT: torch.Tensor) -> torch.Tensor:
+    """What each token counts, f64 (T,), for branches' KL divergence by token: as a share of the mean, so that the mean
+    of all branches stays what it is."""
+    hard_T = kl_BT.mean(0).clamp_min(1e-12)
+    share_T = (hard_T.quantile(HARD_QUANTILE) / hard_T).clamp_max(1)
+    return share_T * (hard_T.mean() / (share_T @ hard_T))
+
+
+def _kl(clean_LV: torch.Tensor, logits_LV: torch.Tensor) -> torch.Tensor:
+    """KL(clean ‖ other) by position, nats, f64 (L,)."""
     other_LV = torch.log_softmax(logits_LV, -1)
-    return float((clean_LV.exp() * (clean_LV - other_LV)).sum(dtype=torch.float64))
+    return (clean_LV.exp() * (clean_LV - other_LV)).sum(-1, dtype=torch.float64)

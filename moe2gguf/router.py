@@ -28,7 +28,7 @@ from moe2gguf.streams import Matrices, Progress, Streams, Types, put_back
 
 # in parts of the mean of the diagonal of a row's second moments; of equals the first is taken
 DAMPINGS = (0.1, 1.0, 0.01)
-# of each expert, evenly from all that it counts on
+# of each expert, evenly from all that it counts on; sequences are taken until they have so many on average
 MAX_TOKENS = 8192
 # f64 matrices of one chunk of rows
 CHUNK_BYTES = 1 << 27
@@ -127,6 +127,8 @@ def calibrate_routers(
     matrices: Matrices,
     spool: Spool,
     *,
+    n_experts: int,
+    n_selected: int,
     device: torch.device,
     n_threads: int,
     progress: Progress,
@@ -134,8 +136,10 @@ def calibrate_routers(
     """Leaves the routers that help in the spool, which has all of the experts."""
     if spool.routers() is not None:
         return
-    n_sequences, length = tokens_SL.shape
-    held_out_S = held_out(n_sequences, length)
+    length = tokens_SL.shape[1]
+    held_out_S = held_out(*tokens_SL.shape)
+    taken_S = taken(held_out_S, length, n_experts, n_selected)
+    tokens_SL, held_out_S = tokens_SL[taken_S.numpy()], held_out_S[taken_S]
     held_out_T = held_out_S.repeat_interleave(length)
     layers = {layer for layer, _, _ in types}
     fits: dict[int, Fit] = {}
@@ -155,7 +159,6 @@ def calibrate_routers(
                         streams.look(block)
                     exact_ids_TK, found_ids_TK = exact.selected(), found.selected()
                     streams.say("router", 0, 1)
-                    n_selected = found_ids_TK.shape[1]
                     best = fit(block.router_ED.to(CPU), exact.scored(), found.scored(), held_out_T, n_selected, device)
                     del exact, found  # before those of another pass come
                     trials.as_it_was(index, streams.found_SLD[held_out_S], streams.run, best is not None)
@@ -183,6 +186,16 @@ def calibrate_routers(
             {index: fits[index].router_ED.numpy() for index in helps}, kl_before, kl_after, *mean_agreement.tolist()
         )
     )
+
+
+def taken(held_out_S: torch.Tensor, length: int, n_experts: int, n_selected: int) -> torch.Tensor:
+    """bool (S,): those held out, and of the others, from all of the text, as many as routers are fitted on."""
+    n_wanted = -(-MAX_TOKENS * n_experts // (n_watched(n_experts, n_selected) * length))
+    fit_s = (~held_out_S).nonzero()[:, 0]
+    n = min(n_wanted, len(fit_s))
+    taken_S = held_out_S.clone()
+    taken_S[fit_s[((torch.arange(n) + 0.5) * len(fit_s) / n).long()]] = True
+    return taken_S
 
 
 def held_out(n_sequences: int, length: int) -> torch.Tensor:

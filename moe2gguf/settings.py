@@ -20,7 +20,7 @@ class Calibration:
     writer: str = "ebss"  # how it does: "sample" | "ebss"
     n_sequences: int = 128
     sequence_tokens: int = 512
-    n_probe_tokens: int = 4096
+    n_probe_tokens: int = 2048
     # how experts of a layer compare: "probe", by their errors | "gradient", by these weighed by the loss's, which also
     # lets an expert's rows, and embeddings, be quantised under its second moments
     sensitivity: str = "gradient"

@@ -20,7 +20,7 @@ from moe2gguf.ggml import QuantType
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 # of the file, and of what it says: raised when the same text gives other statistics
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "dtype", "text", "digest", "request")
 
 

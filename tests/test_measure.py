@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe2gguf import ggml
+from moe2gguf import ggml, probes
 from moe2gguf.calibrate import calibrate, expert_statistics, graded
 from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
@@ -357,18 +357,20 @@ def test_graded_by_calibration_and_read_back(tiny: Callable[..., Path], tmp_path
 def calibrated_small(tiny: Callable[..., Path]) -> tuple[Path, CalibrationStats]:
     # blocks of 32 for the shared expert too
     folder = tiny("qwen2_moe", **SMALL, shared_expert_intermediate_size=96)
-    stats = calibrate(
-        LayerStream(folder),
-        CalibrationText(TOKENS_SL, "random"),
-        (QuantType.IQ4_NL, QuantType.Q5_0),
-        source_sha256="",
-        request="",
-        n_probe_tokens=3 * TOKENS_SL.shape[1],
-        n_threads=2,
-        seed=0,
-        scratch_folder=Path(gettempdir()),
-        progress=no_progress,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "HARD_QUANTILE", 1.0)  # plain means over tokens
+        stats = calibrate(
+            LayerStream(folder),
+            CalibrationText(TOKENS_SL, "random"),
+            (QuantType.IQ4_NL, QuantType.Q5_0),
+            source_sha256="",
+            request="",
+            n_probe_tokens=3 * TOKENS_SL.shape[1],
+            n_threads=2,
+            seed=0,
+            scratch_folder=Path(gettempdir()),
+            progress=no_progress,
+        )
     return folder, stats
 
 
@@ -419,6 +421,26 @@ def test_a_probe_is_the_kl_divergence_of_the_whole_model(
         assert kl == pytest.approx(wanted, rel=1e-2, abs=1e-6)
         assert wanted > 1e-5
     assert torch.equal(log_probabilities(), clean)
+
+
+def test_the_hardest_tokens_count_no_more_than_others() -> None:
+    """One token in a hundred minds everything a hundred times as much, one branch most: with it the branches differ
+    ten-fold, without it hardly. The mean of all branches is still that over all tokens."""
+    rng = torch.Generator().manual_seed(0)
+    kl_BT = torch.rand(5, 400, generator=rng, dtype=torch.float64) + 0.5
+    kl_BT[:, ::100] *= 100
+    kl_BT[2, ::100] *= 10
+    weight_T = probes.token_weights(kl_BT)
+    assert weight_T[::100].max() < 0.1 * weight_T.max()
+    calm_T = torch.arange(400) % 100 != 0
+    assert weight_T[calm_T].min() > 0.8 * weight_T.max()
+    kl_B, calm_B = kl_BT @ weight_T, kl_BT[:, calm_T].mean(1)
+    assert float(kl_BT.mean(1).max() / kl_BT.mean(1).min()) > 5
+    torch.testing.assert_close(kl_B / kl_B.mean(), calm_B / calm_B.mean(), rtol=0.1, atol=0)
+    torch.testing.assert_close(kl_B.mean(), kl_BT.mean())
+    # where none is harder than others it is the mean
+    even_BT = torch.arange(1.0, 4)[:, None].expand(3, 50).double()
+    torch.testing.assert_close(even_BT @ probes.token_weights(even_BT), torch.arange(1.0, 4).double())
 
 
 def test_every_matrix_is_probed_and_measured(calibrated_small: tuple[Path, CalibrationStats]) -> None:

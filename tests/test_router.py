@@ -11,7 +11,7 @@ import torch
 from moe2gguf import router as stage
 from moe2gguf.ggml import QuantType
 from moe2gguf.pipeline import Calibration, Quantizer, convert
-from moe2gguf.router import Trials, agreement, calibrate_routers, fit, n_watched
+from moe2gguf.router import MAX_TOKENS, Trials, agreement, calibrate_routers, fit, held_out, n_watched, taken
 from moe2gguf.source import open_source
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
@@ -19,7 +19,7 @@ from moe2gguf.stream import LayerStream
 from moe2gguf.streams import NO_MATRICES
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, cheap_measurements
-from tests.test_encode_experts import TOKENS_SL, encode, every_expert
+from tests.test_encode_experts import N_EXPERTS, TOKENS_SL, encode, every_expert
 from tests.tiny_moe import CORPUS
 
 CPU = torch.device("cpu")
@@ -29,6 +29,18 @@ def test_watched_scores_are_the_papers() -> None:
     """All of 8, 8 of 16, 20 of 60 or 64; more than are selected wherever there are more."""
     assert [n_watched(8, 2), n_watched(16, 2), n_watched(64, 8), n_watched(60, 4)] == [8, 8, 20, 19]
     assert n_watched(4, 4) == 4 and n_watched(16, 8) == 9 and n_watched(128, 8) == 36
+
+
+def test_as_many_sequences_are_taken_as_fits_can_use() -> None:
+    """Mixtral's eight experts all count on every token; of 128, 36; a short text is taken whole."""
+    for (n_experts, n_selected), n_sequences, n_fit in (((8, 2), 128, 16), ((128, 8), 128, 57), ((128, 8), 40, 32)):
+        held_out_S = held_out(n_sequences, 512)
+        taken_S = taken(held_out_S, 512, n_experts, n_selected)
+        fit_s = (taken_S & ~held_out_S).nonzero()[:, 0].tolist()
+        assert taken_S[held_out_S].all() and len(fit_s) == n_fit
+        watched = n_fit * 512 * n_watched(n_experts, n_selected) / n_experts
+        assert watched >= MAX_TOKENS or taken_S.all()
+        assert fit_s[0] < n_sequences / n_fit + 1 and fit_s[-1] >= n_sequences - n_sequences / n_fit - 1
 
 
 def test_each_row_is_least_squares_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +132,7 @@ def test_what_reaches_a_router_is_made_up_for(tiny: Callable[..., Path], tmp_pat
 def calibrated(folder: Path, spool: Spool) -> None:
     calibrate_routers(
         LayerStream(folder), TOKENS_SL, every_expert(QuantType.IQ2_XXS), NO_MATRICES, spool,
-        device=CPU, n_threads=2, progress=lambda *_: None,
+        n_experts=N_EXPERTS, n_selected=2, device=CPU, n_threads=2, progress=lambda *_: None,
     )  # fmt: skip
 
 
