@@ -59,7 +59,7 @@ class MatrixErrors:
 
     error_EJ: np.ndarray  # f64: mean squared output error per token; E is 1 beside the experts
     probe_types: tuple[QuantType, ...]
-    probe_kl: np.ndarray  # f64: mean KL in nats per token with the whole projection at each probe type
+    probe_kl: np.ndarray  # f64: KL in nats per token (`Probes.finish`) with the whole projection at each probe type
     # f64: of gate's and up's errors, each alone, the part that is gate's; for gate_up only
     gate_share_EJ: np.ndarray | None = None
     # f64: what the same errors cost by the loss's gradient, nats per token; for experts, where it was asked for
