@@ -171,7 +171,7 @@ def encode_experts(
                                 ).encode(own, lambda done, total: streams.say("quantise", done, total)),
                             )
                     del exact, found
-                    put_back(block, own, spool, index)
+                    put_back(block, own, spool, index, pool)
                 if index < last:
                     streams.advance(streams.found_SLD)
         if head.modules:

@@ -69,7 +69,7 @@ class QuantisedModel:
                 scale_NS = weights.get(SCALES(expert_matrix(index, matrix, expert)))
                 return rescaled(blocks_NB, of_layer[matrix, expert], scale_NS)
 
-            put_back(block, of_layer, self._spool, index, scaled)
+            put_back(block, of_layer, self._spool, index, self._pool, scaled)
         tuned = {name: weight for name, weight in tunable(index, layer, block).items() if name in weights}
         for name, weight in tuned.items():
             weight.data.copy_(weights[name])

@@ -154,7 +154,7 @@ def calibrate_routers(
                     streams.advance(streams.exact_SLD)
                 streams.quantise_matrices()
                 if block is not None and index in layers:
-                    put_back(block, {(m, e): t for (l, m, e), t in types.items() if l == index}, spool, index)
+                    put_back(block, {(m, e): t for (l, m, e), t in types.items() if l == index}, spool, index, pool)
                     with found.listening():
                         streams.look(block)
                     exact_ids_TK, found_ids_TK = exact.selected(), found.selected()

@@ -15,6 +15,7 @@ from torch import nn
 
 from moe2gguf import ggml
 from moe2gguf.experts import CPU, ExpertBlock, find_experts
+from moe2gguf.feedback import single_threaded
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Spool
 from moe2gguf.states import States
@@ -163,9 +164,10 @@ def put_back(
     types: Mapping[tuple[str, int], QuantType],
     spool: Spool,
     layer: int,
+    pool: ThreadPoolExecutor,
     scaled: Callable[[np.ndarray, str, int], np.ndarray] = lambda blocks_NB, _matrix, _expert: blocks_NB,
 ) -> None:
-    """The layer's experts as the file will have them, or as `scaled` makes their blocks."""
+    """The layer's experts as the file will have them, or as `scaled` makes their blocks; one expert a job."""
 
     def decoded(matrix: str, expert: int) -> torch.Tensor:
         quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
@@ -173,6 +175,10 @@ def put_back(
         n_columns = blocks_NB.shape[1] // n_bytes * weights
         return torch.from_numpy(ggml.decode(scaled(blocks_NB, matrix, expert), quant_type, n_columns))
 
-    for expert in {expert for _, expert in types}:
+    @torch.inference_mode()  # by thread
+    def put(expert: int) -> None:
         block.set_gate_up(expert, torch.cat([decoded(matrix, expert) for matrix in block.first]))
         block.set_down(expert, decoded("down", expert))
+
+    with single_threaded():
+        list(pool.map(put, sorted({expert for _, expert in types})))

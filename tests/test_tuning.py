@@ -67,7 +67,8 @@ def whole_quantised(folder: Path, spool: Spool, weights: dict[str, torch.Tensor]
     for index, layer in enumerate(model.model.layers):
         block = find_experts(layer)
         assert block is not None
-        put_back(block, {(m, e): t for (l, m, e), t in TYPES.items() if l == index}, spool, index)
+        with ThreadPoolExecutor(2) as pool:
+            put_back(block, {(m, e): t for (l, m, e), t in TYPES.items() if l == index}, spool, index, pool)
     for name, weight in weights.items():
         if name in SCALES:
             expert_part(model, name).mul_(weight.repeat_interleave(256, 1))
