@@ -56,6 +56,7 @@ class Rates:
     writer_flops: float  # the same on the CPU, where the model writes its text
     encoded_weights: float  # per second, by ggml
     probed_weights: float  # per second, by ggml in each of the probes' types
+    decoded_weights: float  # per second, by ggml, into a layer
     fed_back_weights: float  # per second and thread, with error feedback, second moments factored
     factor_seconds: float  # of second moments, damped, of FACTORED_COLUMNS
     draw_seconds: float  # of one logit
@@ -98,6 +99,12 @@ def measured_rates(
         for quant_type in EXPERT_PROBE_TYPES:
             ggml.encode(weight_NK, quant_type)
 
+    blocks_NB = ggml.encode(weight_NK, FED_BACK)
+    in_layer_NK = torch.empty(weight_NK.shape, dtype=dtype, device=device)
+
+    def decode() -> None:
+        in_layer_NK.copy_(torch.from_numpy(ggml.decode(blocks_NB, FED_BACK, ENCODED_COLUMNS)))
+
     def feed_back(n_rows: int) -> None:
         quantize(fed_back_ENK[:, :n_rows], FED_BACK, few, pool)
 
@@ -112,6 +119,7 @@ def measured_rates(
         writer_flops=expert_flops(torch.float32, CPU),
         encoded_weights=n_threads * weight_NK.size / _seconds(lambda: ggml.encode(weight_NK, ENCODED)),
         probed_weights=n_threads * weight_NK.size / _seconds(probe),
+        decoded_weights=n_threads * weight_NK.size / _seconds(decode),
         fed_back_weights=fed_back_ENK.numel() / one_thread,
         factor_seconds=_seconds(lambda: curvature(ones_EKK, 0.1)),
         draw_seconds=_seconds(lambda: draw(logits_PV, random)) / logits_PV.size,
@@ -168,14 +176,14 @@ def quantise_seconds(
 ) -> float:
     """The text in two streams, part of it again for router calibration; second moments and their factors for each
     damping; the codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the
-    file. With gradients their second moments too, by the experts' outputs; blocks of rows then wait for each other,
-    which keeps no more than a thread or two busy."""
+    file; experts decoded for each pass through what is quantised. With gradients their second moments too, by the
+    experts' outputs; blocks of rows then wait for each other, which keeps no more than a thread or two busy."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
     n_routed = n_tokens * source.n_expert_used + source.n_expert * LAYER_SAMPLE_TOKENS
     layers, head, flops = _layers_seconds(source, length, rates), _head_flops(source) / rates.matmul_flops, 0.0
-    n_moe_layers, n_fed_back, n_sampled, n_columns = 0, 0, 0.0, []
+    n_moe_layers, n_of_experts, n_fed_back, n_sampled, n_columns = 0, 0, 0, 0.0, []
     # all of the text through each matrix beside the experts; queries, keys and values are given the same
     n_columns_beside = []
     n_outputs: list[int] = []
@@ -183,8 +191,9 @@ def quantise_seconds(
     for tensor in source.tensors:
         if is_of_experts(tensor):
             _, n_rows, n_own_columns = tensor.shape
-            n_fed_back += prod(tensor.shape)
+            n_of_experts += prod(tensor.shape)
             n_sampled += prod(tensor.shape) * min(SAMPLE_ROWS, n_rows) / n_rows
+            flops += 4 * prod(tensor.shape) * n_own_columns  # fitted to what they will be given
             if not tensor.name.endswith("ffn_gate_exps.weight"):  # it shares up's inputs
                 n_columns.append(n_own_columns)
             if "ffn_down" in tensor.name:
@@ -204,6 +213,7 @@ def quantise_seconds(
             n_fed_back += prod(tensor.shape)
             n_sampled += EMBEDDING_SAMPLE_ROWS * tensor.shape[1]
             n_columns_beside.append(tensor.shape[1])
+    n_fed_back += n_of_experts
     # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
     seconds = 3.5 * n_tokens * layers
@@ -225,13 +235,16 @@ def quantise_seconds(
         )
         # held-out tokens, a branch for each layer
         seconds += 2.5 * n_taken * layers + n_moe_layers * n_held_out * (layers / 2 + head)
+    n_decoded = n_of_experts * (1 if quantizer.router == "none" else 2)
     if quantizer.tuning:  # forward, forward again for what is kept, and back, by activations and weights; then trials
+        n_decoded += n_of_experts * (2 * N_STEPS + 4)
         seconds += 4 * min(PASSES * n_tokens, N_STEPS * MAX_STEP_TOKENS) * (layers + head) + n_tokens * layers
         seconds += source.n_layer * n_held_out * (layers / 2 + head)
     n_others = source.n_params - n_fed_back
     return (
         seconds
         + flops / rates.matmul_flops
+        + n_decoded / rates.decoded_weights
         + (n_fed_back + len(DAMPINGS) * n_sampled) / (rates.fed_back_weights * n_threads)
         + (n_sampled + (2 if quantizer.router == "none" else 3) * n_others) / rates.encoded_weights
     )

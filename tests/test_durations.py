@@ -26,6 +26,7 @@ NOTHING = Rates(
     writer_flops=NEVER,
     encoded_weights=NEVER,
     probed_weights=NEVER,
+    decoded_weights=NEVER,
     fed_back_weights=NEVER,
     factor_seconds=0.0,
     draw_seconds=0.0,
@@ -119,12 +120,21 @@ def test_products_of_quantising(source: Source) -> None:
     shapes = {t.name: t.shape for t in source.tensors}
     for name in ("blk.0.attn_q", "blk.0.attn_output", "blk.1.attn_q", "blk.1.attn_output", "output"):
         moments += 2 * N_TOKENS * shapes[f"{name}.weight"][1] ** 2
-    assert found == pytest.approx(3.5 * one_pass(source) + moments)
+    fitted = EXPERT_PARAMS * 4 * 256  # to these: a product, and the root's triangle twice
+    assert found == pytest.approx(3.5 * one_pass(source) + moments + fitted)
     calibrated = quantising(source, Quantizer(tuning=False), **PRODUCTS)
     assert calibrated - found > 2.5 * one_pass(source)
     tuned = quantising(source, Quantizer(), **PRODUCTS)
     assert tuned - calibrated > 4 * one_pass(source)  # all of the text once, forward twice and back
     assert quantising(source, Quantizer(feedback=False), **PRODUCTS) < 1  # no products
+
+
+def test_experts_are_decoded_whenever_they_are_needed(source: Source) -> None:
+    """While quantising and for routers once each; twice in each of 16 steps; before and after, two times at most."""
+    without_any = Quantizer(router="none", tuning=False)
+    assert quantising(source, without_any, decoded_weights=1.0) == pytest.approx(EXPERT_PARAMS)
+    assert quantising(source, Quantizer(tuning=False), decoded_weights=1.0) == pytest.approx(2 * EXPERT_PARAMS)
+    assert quantising(source, Quantizer(), decoded_weights=1.0) == pytest.approx((2 + 2 * 16 + 4) * EXPERT_PARAMS)
 
 
 def test_everything_is_probed(source: Source) -> None:
