@@ -28,6 +28,8 @@ BATCH_TOKENS = 4096
 # of both streams, while a layer's experts are quantised; beyond it they lie on disk
 AWAY_BYTES = 1 << 28
 ROWS_PER_JOB = 1024
+# of experts that are decoded at a time, one at least: a thread each is gigabytes where they are large
+DECODED_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,5 +182,9 @@ def put_back(
         block.set_gate_up(expert, torch.cat([decoded(matrix, expert) for matrix in block.first]))
         block.set_down(expert, decoded("down", expert))
 
+    experts = sorted({expert for _, expert in types})
+    n_weights = block.gate_up_proj[0].numel() + block.module.down_proj[0].numel()
+    step = max(1, DECODED_BYTES // (4 * n_weights))
     with single_threaded():
-        list(pool.map(put, sorted({expert for _, expert in types})))
+        for start in range(0, len(experts), step):
+            list(pool.map(put, experts[start : start + step]))
