@@ -1,6 +1,7 @@
 """Where the arithmetic runs: Triton kernels for tensors on a CUDA device, torch and what numba compiles for others.
 
-The only importer of moe2gguf_kernels. Shapes: see moe2gguf.codec, moe2gguf.feedback and moe2gguf.moments.
+The only importer of moe2gguf_kernels. Triton launches on the thread's current GPU, wherever the tensors are, so that is
+made theirs. Shapes: see moe2gguf.codec, moe2gguf.feedback and moe2gguf.moments.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from moe2gguf import passes, scales
 from moe2gguf import walk as plain_walk
 from moe2gguf.codec import CODECS, Codec, Fields
 from moe2gguf.errors import DeviceError
+from moe2gguf.experts import CPU
 from moe2gguf.ggml import QuantType
 from moe2gguf.passes import Blocks
 from moe2gguf.walk import Tries, Walked
@@ -23,6 +25,8 @@ from moe2gguf.walk import Tries, Walked
 if TYPE_CHECKING:
     from moe2gguf_kernels.layout import Layout
 
+# of the kernels' products
+LEAST_CAPABILITY = (8, 0)
 NO_TRITON = "triton is not installed; pip install 'moe2gguf[gpu]', or take --device cpu"
 
 
@@ -36,12 +40,18 @@ def device(name: str, note: Callable[[str], None] = lambda _: None) -> torch.dev
         missing = _missing(0) if name == "auto" else None
         if missing:
             note(f"computing on the CPU: {missing}")
-        return torch.device("cpu" if name == "cpu" or missing else "cuda:0")
+        return CPU if name == "cpu" or missing else _exact(0)
     if kind != "cuda" or (name != "cuda" and not number.isdecimal()):
         raise DeviceError(f"there is no device {name!r}; it is auto, cpu, cuda or cuda:<number>")
     index = int(number or 0)
     if missing := _missing(index):
         raise DeviceError(f"{name} cannot be used: {missing}")
+    return _exact(index)
+
+
+def _exact(index: int) -> torch.device:
+    """A GPU, whose products in f32 are kept from having 11 bits, as some containers set."""
+    torch.set_float32_matmul_precision("highest")
     return torch.device("cuda", index)
 
 
@@ -53,6 +63,9 @@ def _missing(index: int) -> str | None:
         return "torch finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or take --device cpu"
     if index >= torch.cuda.device_count():
         return f"torch finds {torch.cuda.device_count()} GPUs, numbered from 0"
+    if (capability := torch.cuda.get_device_capability(index)) < LEAST_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        return f"its compute capability is {found}, the kernels need {needed}; take --device cpu"
     return None if importlib.util.find_spec("triton") else NO_TRITON
 
 
@@ -87,7 +100,8 @@ def pack(codec: Codec, fields: Fields) -> torch.Tensor:
     if has_kernels(fields.codes_RC):
         from moe2gguf_kernels import pack as triton_pack
 
-        return triton_pack.pack(*arguments)
+        with torch.cuda.device_of(fields.codes_RC):
+            return triton_pack.pack(*arguments)
     if fields.codes_RC.is_cpu:
         from moe2gguf_kernels import pack_cpu
 
@@ -101,7 +115,8 @@ def decode(codec: Codec, blocks_RB: torch.Tensor) -> torch.Tensor:
         return codec.decode(blocks_RB)
     from moe2gguf_kernels.decode import decode
 
-    return decode(blocks_RB, layout(codec.quant_type, blocks_RB.device))
+    with torch.cuda.device_of(blocks_RB):
+        return decode(blocks_RB, layout(codec.quant_type, blocks_RB.device))
 
 
 def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch.Tensor) -> Walked:
@@ -110,7 +125,8 @@ def walk(codec: Codec, target_TEN: torch.Tensor, tries: Tries, factor_ETT: torch
     if has_kernels(target_TEN):
         from moe2gguf_kernels import walk as triton_walk
 
-        return Walked(*triton_walk.walk(*arguments))
+        with torch.cuda.device_of(target_TEN):
+            return Walked(*triton_walk.walk(*arguments))
     if target_TEN.is_cpu:
         from moe2gguf_kernels import walk_cpu
 
@@ -195,4 +211,5 @@ def moments(
         return plain_moments.moments(x_TK, token_n, offset_E1, weight_n, other_SM, slot_n, total_EMK)
     from moe2gguf_kernels.moments import moments
 
-    return moments(x_TK, token_n, offset_E1, weight_n, other_SM, slot_n, total_EMK)
+    with torch.cuda.device_of(x_TK):
+        return moments(x_TK, token_n, offset_E1, weight_n, other_SM, slot_n, total_EMK)

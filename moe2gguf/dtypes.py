@@ -48,7 +48,8 @@ def settled(calibration: Calibration, source: Source, device: torch.device) -> C
 
 def _is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return speed_of_bf16() >= FASTER
 
 

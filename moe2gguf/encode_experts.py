@@ -109,7 +109,8 @@ class Inputs:
 
         fit = sums(~held_out_n, None, None)
         whole = sums(held_out_n, fit.hessian_EKK.clone(), fit.cross_EKK.clone())
-        share_E = torch.zeros(len(own), device=device).index_add_(0, expert_n, weight_n * ~held_out_n)
+        # one at a time, whose order does not change from run to run
+        share_E = torch.stack([part.sum() for part in (weight_n * ~held_out_n).split([len(t.token_n) for t in own])])
         for total_EKK in (fit.hessian_EKK, fit.cross_EKK):
             total_EKK /= share_E.clamp_min(1e-20)[:, None, None]
         return fit, whole
@@ -439,7 +440,9 @@ class _LayerWork:
             return feedback.quantize_by_rows(weight_EMNK, quant_type, curvature, torch.stack(feedbacks), self._pool)
 
         found: dict[tuple[str, int], tuple[np.ndarray, torch.Tensor]] = {}
-        with feedback.side_by_side(len(batches), self._pool) as threads:
+        # a GPU has enough to do with one batch, and Triton's first launch of a kernel is not safe among threads
+        n_at_once = len(batches) if self._device.type == "cpu" else 1
+        with feedback.side_by_side(n_at_once, self._pool) as threads:
             for batch, blocks_EMNB in zip(batches, threads.map(encode, batches), strict=True):
                 for keys, blocks_MNB in zip(batches[batch], blocks_EMNB.cpu().numpy(), strict=True):
                     for key, blocks_NB in zip(keys, blocks_MNB, strict=True):

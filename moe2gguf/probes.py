@@ -39,6 +39,8 @@ LOGITS_CHUNK_TOKENS = 256
 HARD_QUANTILE = 0.98
 # of hidden states kept in memory; the rest lies on disk
 BRANCHES_BYTES = 1 << 29
+# at a time with what 16 bits make of them, since a GPU waits at each
+COMPARED_WEIGHTS = 1 << 22
 # experts whose weights at a probe type wait for their turn
 IN_FLIGHT = 8
 
@@ -177,7 +179,8 @@ def _fitting(wanted: tuple[QuantType, ...], n_columns: int) -> tuple[QuantType, 
 def _restored(weight: torch.Tensor) -> Iterator[None]:
     """Whatever happens to the weight inside, its exact values come back: out of 16 bits where those hold them."""
     exact = weight.to(torch.bfloat16, copy=True)
-    if not all(torch.equal(half.float(), whole) for half, whole in zip(exact, weight, strict=True)):
+    parts = (values.flatten().split(COMPARED_WEIGHTS) for values in (exact, weight))
+    if not all(torch.equal(half.float(), whole) for half, whole in zip(*parts, strict=True)):
         exact = weight.clone()
     try:
         yield

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 # whose 64 bits a weight are in memory at a time
 KEYED_ROWS = 4096
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 
 
 @dataclass(frozen=True)

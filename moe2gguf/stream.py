@@ -226,8 +226,10 @@ class LayerStream:
                     continue
                 if (weight.dtype, weight.device) != (held := self._held(name), self.device):
                     module._parameters[name] = nn.Parameter(weight.to(self.device, held), requires_grad=False)
-            for name, values in module._buffers.items():
-                module._buffers[name] = None if values is None else values.to(self.device)
+            # they stay, for gradients too
+            with torch.inference_mode(False):
+                for name, values in module._buffers.items():
+                    module._buffers[name] = None if values is None else values.to(self.device)
 
     def _held(self, name: str) -> torch.dtype:
         """What a parameter is in, by its own name."""

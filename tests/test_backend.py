@@ -15,6 +15,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
 
 
@@ -45,9 +46,10 @@ def test_a_gpu_that_is_not_there_is_an_error(two_gpus: None) -> None:
     [
         (("torch.version.cuda", None), "has no CUDA"),
         (("torch.cuda.is_available", lambda: False), "no GPU"),
+        (("torch.cuda.get_device_capability", lambda _: (7, 5)), "capability is 7.5, the kernels need 8.0"),
         (("importlib.util.find_spec", lambda _: None), "pip install 'moe2gguf[gpu]'"),
     ],
-    ids=["torch without CUDA", "no GPU", "no triton"],
+    ids=["torch without CUDA", "no GPU", "an old GPU", "no triton"],
 )
 def test_what_is_missing_is_named(
     change: tuple, says: str, two_gpus: None, monkeypatch: pytest.MonkeyPatch
@@ -59,6 +61,19 @@ def test_what_is_missing_is_named(
     said: list[str] = []
     assert backend.device("auto", said.append) == torch.device("cpu")
     assert len(said) == 1 and says in said[0]
+
+
+def test_products_on_a_gpu_are_exact(two_gpus: None) -> None:
+    """Whatever a container has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        backend.device("cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+        backend.device("auto")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_tensors_on_the_cpu_take_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
