@@ -180,8 +180,11 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
     assert calibrating(source, sampled) == pytest.approx(4.5 / 8.5 * read / durations.DISK_BYTES_PER_SECOND)
 
 
-def test_rates_of_this_machine(source: Source) -> None:
-    one, two = measured_rates(source, 1), measured_rates(source, 2, torch.bfloat16)
+def test_rates_of_this_machine(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, in_bf16 = measured_rates(source, 1), measured_rates(source, 1, torch.bfloat16)
     assert min(dataclasses.astuple(one)) > 0
-    assert one.writer_flops == one.matmul_flops == one.layer_flops and two.matmul_flops != two.layer_flops
-    assert 1 < two.encoded_weights / one.encoded_weights < 4  # two threads' for one's, on a noisy machine
+    assert one.writer_flops == one.matmul_flops == one.layer_flops and in_bf16.matmul_flops != in_bf16.layer_flops
+    # what others do on the machine would come into a ratio of two measurements
+    monkeypatch.setattr(durations, "_seconds", lambda work: 1.0)
+    one, two = measured_rates(source, 1), measured_rates(source, 2)
+    assert two.encoded_weights / one.encoded_weights == 2

@@ -1,7 +1,7 @@
-"""Compiles kernels for an H100 (sm_90) on a machine without one, as the functions that launch them would.
+"""Compiles kernels for a GPU on a machine without one, as the functions that launch them would.
 
-python -m tests.kernels.sm_90 NAME...: a GGUF type, for the kernels over its blocks, or "moments". Prints a line of JSON
-for each kernel: its name, the bytes of its machine code, and the shared memory it takes.
+python -m tests.kernels.machine_code CAPABILITY NAME...: 90 for an H100; a GGUF type, for the kernels over its blocks,
+or "moments". Prints a line of JSON for each kernel: its name, the bytes of its machine code, and its shared memory.
 
 A process of its own: where TRITON_INTERPRET is set, kernels cannot be compiled.
 """
@@ -48,7 +48,8 @@ def compile_moments() -> None:
 
 
 def main() -> None:
-    target = GPUTarget("cuda", 90, 32)
+    capability, *names = sys.argv[1:]
+    target = GPUTarget("cuda", int(capability), 32)
     driver.set_active(
         SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
     )
@@ -60,7 +61,7 @@ def main() -> None:
         print(json.dumps({"kernel": kernel.fn.__name__, "bytes": size, "shared": compiled.metadata.shared}), flush=True)
 
     JITFunction.run = compile_only
-    for name in sys.argv[1:]:
+    for name in names:
         if name == "moments":
             compile_moments()
         else:
