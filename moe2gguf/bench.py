@@ -78,6 +78,7 @@ from moe2gguf.runtime import find_runtime
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.steps import Steps
+from moe2gguf.text import read_text
 
 FULL_BITS = (2.1, 2.5, 3.0, 3.5, 4.25)
 QUICK_BITS = (2.5, 3.5)
@@ -294,7 +295,7 @@ class _Bench:
         """Also writes the text to measure on, and the base's log-probabilities of it."""
         request = self.request
         text = (
-            request.text.read_text(encoding="utf-8")
+            read_text(request.text)
             if request.text
             else held_out_text(request.n_chunks * request.n_ctx * BYTES_PER_TOKEN)
         )

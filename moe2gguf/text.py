@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from moe2gguf.errors import Moe2ggufError
 
 # of the file, and of what it says: raised when the same request gives another text
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,13 @@ class CalibrationText:
 def text_from_files(
     paths: tuple[Path, ...], model_folder: Path, n_sequences: int, sequence_tokens: int
 ) -> CalibrationText:
-    """Sequences spread evenly over all the text; the files count by their length."""
+    """Sequences spread evenly over all the text; the files count by their length. Where the tokenizer begins text with
+    BOS, so do they, in place of their first token, as llama-imatrix and llama-perplexity have it: some models are lost
+    without."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     ids: list[int] = []
     for path in paths:
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise Moe2ggufError(f"cannot read the calibration text {path}: {error}") from error
-        ids += tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     n_whole = len(ids) // sequence_tokens
     if n_whole == 0:
         raise Moe2ggufError(
@@ -48,7 +46,17 @@ def text_from_files(
         )
     wanted = np.linspace(0, n_whole - 1, min(n_whole, n_sequences)).round().astype(int)
     tokens_SL = np.array(ids[: n_whole * sequence_tokens], np.int64).reshape(n_whole, sequence_tokens)[wanted]
+    if (bos := tokenizer.bos_token_id) is not None and tokenizer("a")["input_ids"][0] == bos:
+        tokens_SL[:, 0] = bos
     return CalibrationText(tokens_SL, ", ".join(path.name for path in paths))
+
+
+def read_text(path: Path) -> str:
+    """Raises Moe2ggufError unless it is there and UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Moe2ggufError(f"cannot read the text {path}: {error}") from error
 
 
 def save_text(text: CalibrationText, request: str, path: Path) -> None:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.text import CalibrationText, text_from_files
@@ -63,6 +65,20 @@ def test_exactly_one_sequence(tmp_path, folder, ids_of):
         text_from_files((tmp_path / "a.txt",), folder, 5, n + 1)
 
 
+def test_sequences_begin_as_the_models_text_does(tmp_path, folder, ids_of):
+    """BOS in place of the first token where the tokenizer puts it before all text, and only there."""
+    path, ids = written(tmp_path, "a.txt", WORDS), np.array(ids_of(WORDS))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = tokenizer.token_to_id("<|end|>")
+    for has_it in (False, True):
+        if has_it:
+            tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", bos)])
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>").save_pretrained(tmp_path)
+        found_SL, n = text_from_files((path,), tmp_path, 1000, 16).tokens_SL, len(ids) // 16
+        assert (found_SL[:, 1:] == ids[: n * 16].reshape(n, 16)[:, 1:]).all()
+        assert (found_SL[:, 0] == (bos if has_it else ids[: n * 16 : 16])).all()
+
+
 @pytest.mark.parametrize("content", [b"", b"short"])
 def test_too_short(tmp_path, folder, content):
     (tmp_path / "a.txt").write_bytes(content)
@@ -73,7 +89,7 @@ def test_too_short(tmp_path, folder, content):
 def test_unreadable(tmp_path, folder):
     (tmp_path / "latin.txt").write_bytes("Prüfung ".encode("latin-1") * 100)
     for name in ("latin.txt", "missing.txt"):
-        with pytest.raises(Moe2ggufError, match=rf"cannot read the calibration text .*{name}"):
+        with pytest.raises(Moe2ggufError, match=rf"cannot read the text .*{name}"):
             text_from_files((tmp_path / name,), folder, 5, 16)
 
 
