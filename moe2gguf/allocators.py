@@ -29,11 +29,13 @@ EXPERT_CLASSES = (QuantType.IQ1_M, QuantType.IQ2_XXS, QuantType.IQ3_XXS)
 OTHER_CLASSES = (QuantType.IQ4_XS, QuantType.IQ3_XXS, QuantType.Q2_K)
 
 
-def allocate_global(table: CostTable, stats: CalibrationStats, budget_bytes: int, max_groups: int) -> Allocation:
+def allocate_global(table: CostTable, stats: CalibrationStats | None, budget_bytes: int, max_groups: int) -> Allocation:
     return allocate(table, budget_bytes, max_groups=max_groups)
 
 
-def allocate_uniform(table: CostTable, stats: CalibrationStats, budget_bytes: int, max_groups: int) -> Allocation:
+def allocate_uniform(
+    table: CostTable, stats: CalibrationStats | None, budget_bytes: int, max_groups: int
+) -> Allocation:
     """All experts at one type, that with the lowest predicted KL divergence; the global program chooses the rest."""
     experts_U = np.array([unit.expert is not None for unit in table.units])
     found = []
@@ -52,10 +54,16 @@ def allocate_uniform(table: CostTable, stats: CalibrationStats, budget_bytes: in
     return min(found, key=lambda allocation: allocation.predicted_kl)
 
 
-def allocate_pmq(table: CostTable, stats: CalibrationStats, budget_bytes: int, max_groups: int) -> Allocation:
-    """What a layer leaves of its share goes to the next, so that the budget is used."""
-    if table.layout != "grouped" or max_groups < len(EXPERT_CLASSES):
-        raise Moe2ggufError("--allocator pmq gives every expert a type of its own: it needs --layout grouped")
+def allocate_pmq(table: CostTable, stats: CalibrationStats | None, budget_bytes: int, max_groups: int) -> Allocation:
+    """What a layer leaves of its share goes to the next, so that the budget is used. Without statistics all weights
+    count alike."""
+    if table.layout != "grouped":
+        raise Moe2ggufError(
+            "--allocator pmq gives every expert a type of its own: it needs --layout grouped, and a model whose "
+            "experts may change places; take --allocator global"
+        )
+    if max_groups < len(EXPERT_CLASSES):
+        raise Moe2ggufError(f"--allocator pmq has {len(EXPERT_CLASSES)} types of experts, --max-groups {max_groups}")
     experts_U = np.array([unit.expert is not None for unit in table.units])
     missing = [t.name for t in EXPERT_CLASSES + OTHER_CLASSES if t not in table.types]
     if missing or not np.isfinite(table.cost_UJ[experts_U][:, [table.types.index(t) for t in EXPERT_CLASSES]]).all():
@@ -96,7 +104,11 @@ def allocate_pmq(table: CostTable, stats: CalibrationStats, budget_bytes: int, m
     n_left = len(layers)
     for layer, experts in sorted(layers.items()):
         share = max(left // n_left, least[layer])
-        class_E = _layer_program(_importance_EC(stats, layer), bytes_LEC[layer], share)
+        if stats is None:
+            cost_EC = np.array([table.cost_UJ[members][:, classes].sum(0) for _, members in sorted(experts.items())])
+        else:
+            cost_EC = _importance_EC(stats, layer)
+        class_E = _layer_program(cost_EC, bytes_LEC[layer], share)
         for c, (_, members) in zip(class_E, sorted(experts.items()), strict=True):
             choice_U[members] = classes[c]
         left -= int(bytes_LEC[layer][np.arange(len(class_E)), class_E].sum())
@@ -145,7 +157,8 @@ def _layer_program(cost_EC: np.ndarray, bytes_EC: np.ndarray, available: int) ->
     return result.x.reshape(cost_EC.shape).argmax(1)
 
 
-Allocator = Callable[[CostTable, CalibrationStats, int, int], Allocation]
+# statistics: None before there are any, to find what is in reach
+Allocator = Callable[[CostTable, CalibrationStats | None, int, int], Allocation]
 ALLOCATORS: dict[str, Allocator] = {
     "global": allocate_global,
     "pmq": allocate_pmq,

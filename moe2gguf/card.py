@@ -24,10 +24,7 @@ def write_card(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """README.md beside the file, and a picture of its types. Raises OutputError where there is another README.md."""
-    report = inspect_file(file)
-    path = file.parent / "README.md"
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; pass --force to replace it")
+    path, report = check_card(file, overwrite=overwrite), inspect_file(file)
     picture = file.with_name(f"{file.stem}-types.svg")
     if report.layers:
         plot_bits(report, picture)
@@ -40,6 +37,14 @@ def write_card(
         os.replace(aside, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def check_card(file: Path, *, overwrite: bool) -> Path:
+    """Where the card goes. Raises OutputError where there is another README.md."""
+    path = file.parent / "README.md"
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; pass --force to replace it")
     return path
 
 
@@ -121,7 +126,8 @@ def _usage(report: FileReport, first: str) -> list[str]:
         strength = f"{report.architecture}.expert_skip_strength"
         lines += [
             "",
-            "With that runtime it leaves out experts that matter little; "
+            "With llama.cpp as moe2gguf patches it (`moe2gguf runtime install`) it leaves out experts that matter "
+            "little (others compute all); "
             f'`Llama(..., kv_overrides={{"{strength}": 0.0}})` or `LLAMA_EXPERT_SKIP=0` turns that off.',
         ]
     return lines

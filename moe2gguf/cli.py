@@ -1,5 +1,6 @@
 """The command line: one command per stage, in the order of the pipeline."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -30,6 +31,15 @@ BESIDE_A_RECIPE = {
 }
 
 
+# torch's, and where a disk is full safetensors'
+SAID_OF = {
+    "OutOfMemoryError": "the GPU's memory does not hold it ({}); take --dtype bf16, in which a layer is half as large, "
+    "or --device cpu",
+    "SafetensorError": "a file of the work folder cannot be written or read ({}); make room there, or take another "
+    "--work",
+}
+
+
 class _Group(click.Group):
     """Prints a user's mistake as one sentence, exit code 1. Usage errors are click's, exit code 2."""
 
@@ -47,15 +57,11 @@ class _Group(click.Group):
             # a disk that fills up or a folder that cannot be written; OSError names the file
             click.echo(f"moe2gguf: {error}", err=True)
             context.exit(1)
-        except RuntimeError as error:
-            # torch's, which commands that do without it do not load
-            if type(error).__name__ != "OutOfMemoryError":
+        except Exception as error:
+            # of libraries that commands which do without do not load
+            if (said := SAID_OF.get(type(error).__name__)) is None:
                 raise
-            click.echo(
-                f"moe2gguf: the GPU's memory does not hold it ({str(error).splitlines()[0]}); take --dtype bf16, in "
-                "which a layer is half as large, or --device cpu. What is done already is kept",
-                err=True,
-            )
+            click.echo(f"moe2gguf: {said.format(str(error).splitlines()[0])}. What is done already is kept", err=True)
             context.exit(1)
         except KeyboardInterrupt:
             click.echo("moe2gguf: interrupted; statistics already written are kept", err=True)
@@ -150,7 +156,7 @@ calibration_options = _together(
         show_default=True,
         help="How the model writes it: beams that use the experts evenly, or plain sampling in half the time.",
     ),
-    click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Sequences of text."),
+    click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=2), help="Sequences of text."),
     click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each."),
     click.option(
         "--probe-tokens",
@@ -247,7 +253,7 @@ quantizer_options = _together(
         "--feedback/--no-feedback",
         default=True,
         show_default=True,
-        help="Experts with error feedback, or by ggml's encoder alone, which is faster.",
+        help="Experts with error feedback, or by ggml's encoder alone: faster, and routers and norms stay as they are.",
     ),
     click.option(
         "--affinity",
@@ -338,7 +344,9 @@ def _choice(options: dict[str, Any]):
 def _quantizer(options: dict[str, Any]):
     from moe2gguf.pipeline import Quantizer
 
-    return Quantizer(options["feedback"], options["affinity"], _device(options), options["router"], options["tuning"])
+    if not options["feedback"]:
+        return Quantizer(False, options["affinity"], _device(options), "none", False)
+    return Quantizer(True, options["affinity"], _device(options), options["router"], options["tuning"])
 
 
 def _device(options: dict[str, Any]):
@@ -429,16 +437,24 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
                 raise click.UsageError(f"{parameter.opts[0]} is decided by {recipe_path}; leave one of them out")
         options["bits"] = round(recipe.allocation.bits_per_weight, 2)
         options["layout"], options["prune_share"] = recipe.allocation.layout, recipe.prune_share
+    elif recipe_path is not None and not recipe_path.parent.is_dir():
+        raise Moe2ggufError(
+            f"there is no folder {recipe_path.parent} to save the recipe in; make it, or choose another"
+        )
     budget = _budget(options)
     choice = _choice(options)
     if dry_run:
+        calibration, quantizer = _calibration(options), _quantizer(options)
+        if recipe is not None:
+            calibration = recipe.calibration_on(calibration.text_paths)
+            quantizer = dataclasses.replace(recipe.quantizer, device=quantizer.device)
         plan = make_plan(
             model,
             options["outfile"],
             budget,
             choice,
-            _calibration(options),
-            quantizer=_quantizer(options),
+            calibration,
+            quantizer=quantizer,
             prune_share=options["prune_share"],
             work_folder=options["work_folder"],
             resume=options["resume"],
@@ -518,17 +534,11 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     source, device = _open(model, options), _device(options)
     calibration = settled(_calibration(options), source, device)
     work = options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf")
-    if not options["resume"]:
-        pipeline.begin_anew(work)
+    threads = options["threads"] or available_cores()
     with progress_display() as progress:
-        text = pipeline.text_of(
-            source,
-            calibration,
-            work,
-            options["threads"] or available_cores(),
-            progress,
-            _note,
-        )
+        text = pipeline.text_of(source, calibration, work, threads, device, progress, _note)
+        if not options["resume"]:
+            pipeline.begin_anew(work)
         stream = partial(pipeline.stream_of, source, calibration, device)
         request = pipeline.request_digest(source, calibration)
         pipeline.prune(source, share, folder, request, stream, text, progress, _note)
@@ -551,17 +561,20 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
     from moe2gguf.costs import cost_table
     from moe2gguf.imatrix import write_imatrix
 
-    calibration, source = _calibration(options), _open(model, options)
+    calibration, source, device = _calibration(options), _open(model, options), _device(options)
     work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
-    if not options["resume"]:
-        pipeline.begin_anew(work)
+    threads = options["threads"] or available_cores()
     with progress_display() as progress:
+        text = pipeline.text_of(source, calibration, work, threads, device, progress, _note)
+        if not options["resume"]:
+            pipeline.begin_anew(work)
         stats = pipeline.calibrated(
             source,
             calibration,
             work,
-            n_threads=options["threads"] or available_cores(),
-            device=_device(options),
+            n_threads=threads,
+            device=device,
+            text=text,
             progress=progress,
             note=_note,
         )
@@ -691,13 +704,17 @@ def inspect(file: Path, plot: Path | None) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing README.md.")
 def card(file: Path, base: Path | None, text: Path | None, chunks: int, force: bool) -> None:
     """Write a model card, README.md, beside FILE: contents, hashes, recipe, and KL divergence from --base."""
-    from moe2gguf.card import write_card
+    from moe2gguf.card import check_card, write_card
     from moe2gguf.evaluate import evaluate, held_out_text
+    from moe2gguf.text import read_text
 
+    if text is not None and base is None:
+        raise click.UsageError("--text is what KL divergence is measured on, which needs --base")
+    check_card(file, overwrite=force)
     evaluations: tuple = ()
     with progress_display() as progress:
         if base is not None:
-            held_out = text.read_text(encoding="utf-8") if text else held_out_text(chunks * 4000)
+            held_out = read_text(text) if text else held_out_text(chunks * 4000)
             evaluations = evaluate(
                 base,
                 [file],
@@ -753,7 +770,7 @@ class _Bits(click.ParamType):
 @click.option("--ctx", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of a chunk.")
 @click.option("--chunks", default=64, show_default=True, type=click.IntRange(min=1), help="Chunks to measure on.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Of speed.")
-@click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=1), help="Of calibration text.")
+@click.option("--sequences", default=128, show_default=True, type=click.IntRange(min=2), help="Of calibration text.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(min=16), help="Tokens of each.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all sampling.")
 @click.option("--tasks", multiple=True, help="Of lm-evaluation-harness, a name or a YAML file; repeatable.")

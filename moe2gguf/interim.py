@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from moe2gguf.errors import Moe2ggufError
+from moe2gguf.states import write
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 
 # more often it would cost more than it saves
@@ -63,7 +64,7 @@ class Interim:
         names = []
         for i, (name, state_SLD) in enumerate(streams):
             names.append(name)
-            state_SLD.contiguous().numpy().tofile(aside / f"{i}.f32")
+            write(aside / f"{i}.f32", state_SLD)
         (aside / "interim.json").write_text(json.dumps({"random_state": random_state, "streams": names}))
         others = [*_folders(self._work_folder)]
         shutil.rmtree(folder, ignore_errors=True)  # of another request

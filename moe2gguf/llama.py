@@ -62,38 +62,41 @@ def open_model(
     n_batch: int,
     n_sequences: int,
     n_threads: int,
+    on_gpu: bool = True,
     observe: Any = None,
 ) -> Iterator[OpenModel]:
-    """errors is what captured_log yields, observe a ggml_backend_sched_eval_callback.
+    """errors is what captured_log yields, observe a ggml_backend_sched_eval_callback. on_gpu: where the library can; if
+    its memory does not hold the file, without.
 
     Raises Moe2ggufError with llama.cpp's reason if the file does not load.
     """
     llama_cpp = _import_llama_cpp()
     if not path.is_file():
         raise Moe2ggufError(f"{path} is not there; a GGUF file is needed")
-    errors.clear()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise Moe2ggufError(f"llama.cpp cannot load {path}: {_reason(errors)}")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = sequence_tokens * n_sequences
+    params.n_batch = params.n_ubatch = n_batch
+    params.n_seq_max = n_sequences
+    if observe is not None:
+        params.cb_eval = observe
+    params.n_threads = params.n_threads_batch = n_threads
+    params.no_perf = True
+    model_params = llama_cpp.llama_model_default_params()
+    for model_params.n_gpu_layers in (-1, 0) if on_gpu and llama_cpp.llama_supports_gpu_offload() else (0,):
+        errors.clear()
+        what = f"load {path}"
+        if not (model := llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)):
+            continue
+        what = f"open a context of {params.n_ctx} tokens on {path}"
+        if context := llama_cpp.llama_init_from_model(model, params):
+            break
+        llama_cpp.llama_model_free(model)
+    else:
+        raise Moe2ggufError(f"llama.cpp cannot {what}: {_reason(errors)}")
     try:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = sequence_tokens * n_sequences
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = n_sequences
-        if observe is not None:
-            params.cb_eval = observe
-        params.n_threads = params.n_threads_batch = n_threads
-        params.no_perf = True
-        context = llama_cpp.llama_init_from_model(model, params)
-        if not context:
-            raise Moe2ggufError(
-                f"llama.cpp cannot open a context of {params.n_ctx} tokens on {path}: {_reason(errors)}"
-            )
-        try:
-            yield OpenModel(llama_cpp, model, context, llama_cpp.llama_model_get_vocab(model))
-        finally:
-            llama_cpp.llama_free(context)
+        yield OpenModel(llama_cpp, model, context, llama_cpp.llama_model_get_vocab(model))
     finally:
+        llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from moe2gguf import __version__
-from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate, allocate_fast
+from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
@@ -58,10 +58,13 @@ from moe2gguf.tuning import tune
 
 Note = Callable[[str], None]
 
+# of text, some to fit and some to judge by
+MIN_SEQUENCES = 2
 # in a work folder
+READABLE_TEXT = "calibration.txt"
 LEFT_TO_RESUME = (
     "text.safetensors",
-    "calibration.txt",
+    READABLE_TEXT,
     "stats.safetensors",
     f"{INTERIM_PREFIX}*",
     "experts-*",
@@ -136,11 +139,14 @@ def convert(
     source = opened(model)
     calibration = settled(calibration, source, quantizer.device)
     work = work_folder or work_folder_for(source, outfile_for(source, outfile, budget))
-    text = text_of(source, calibration, work, threads, progress, note)
-    # a budget out of reach and a target that cannot be written are found before the hours of work
+    text = text_of(source, calibration, work, threads, quantizer.device, progress, note)
+    # what is out of reach and a target that cannot be written are found before the hours of work
+    skipping.check(source.n_expert_used)
     if prune_share:
+        kept = shrunk(source, n_kept(source, prune_share))
         if recipe is None:
-            provisional_allocation(shrunk(source, n_kept(source, prune_share)), budget, choice)
+            provisional_allocation(kept, budget, choice)
+        check_target(Target(outfile_for(kept, outfile, budget), overwrite=overwrite), 0)
         if not resume:
             begin_anew(work)
         folder = pruned_folder(source, prune_share, work)
@@ -170,7 +176,7 @@ def convert(
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
     paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
     recipe = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
-    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / "calibration.txt", recipe)
+    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / READABLE_TEXT, recipe)
 
 
 def write_allocation(
@@ -229,6 +235,8 @@ def _quantised(
         if f"moe2gguf.{rule}.share" in extra_kv:
             share, kl = (extra_kv[f"moe2gguf.{rule}.{name}"][0] for name in ("share", "kld.predicted"))
             note(f"at run time {share:.1%} of the expert activations{where} are left out: {kl:.5f} nats predicted")
+            if not plan.is_grouped:
+                note("it takes the patched runtime to leave them out; others run the file and compute all")
     if not quantizer.feedback:
         return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
     types = plan.expert_types(stats.layers)
@@ -353,9 +361,9 @@ def calibrated(
     except OSError as error:
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
     remove_left_behind(work)
-    found = (text or text_of(source, calibration, work, n_threads, progress, note))()
+    found = (text or text_of(source, calibration, work, n_threads, device, progress, note))()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
-    (work / "calibration.txt").write_text(
+    (work / READABLE_TEXT).write_text(
         "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in found.tokens_SL),
         encoding="utf-8",
     )
@@ -421,10 +429,7 @@ def fit_budget(
     the objective."""
 
     def best(tensor_bytes: int) -> Allocation:
-        # what is in reach is asked before anything is measured
-        if stats is None:
-            found = allocate(table, tensor_bytes, max_groups=choice.max_groups)
-        elif speeds is not None:
+        if speeds is not None and stats is not None:
             found = allocate_fast(with_seconds(table, speeds, stats), tensor_bytes, max_groups=choice.max_groups)
         else:
             found = ALLOCATORS[choice.allocator](table, stats, tensor_bytes, choice.max_groups)
@@ -506,7 +511,8 @@ def _recipe(budget: Budget, choice: Choice, stats: CalibrationStats | None, spee
 
 def outfile_for(source: Source, outfile: Path | None, budget: Budget) -> Path:
     """`--outfile` with its {ftype} filled in, or a name after gguf's convention in the current folder."""
-    encoding = f"MQ{budget.bits:g}".replace(".", "_") if budget.bits is not None else "MQ"
+    bits = budget.bits if budget.size_bytes is None else round(budget.size_bytes * 8 / source.n_params, 2)
+    encoding = f"MQ{bits:g}".replace(".", "_")
     if outfile is not None:
         return outfile.with_name(gguf.fill_templated_filename(outfile.name, encoding))
     meta = source.metadata
@@ -532,10 +538,20 @@ def begin_anew(work: Path) -> None:
 
 
 def text_of(
-    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
+    source: Source,
+    calibration: Calibration,
+    work: Path,
+    n_threads: int,
+    device: torch.device,
+    progress: Progress,
+    note: Note,
 ) -> Callable[[], CalibrationText]:
-    """The calibration text, read or written by the model when it is first asked for."""
-    return functools.cache(lambda: _calibration_text(source, calibration, work, n_threads, progress, note))
+    """The calibration text, read or written by the model when it is first asked for. Raises Moe2ggufError where it
+    would be overwritten, or removed with what earlier runs left."""
+    for path in calibration.text_paths:
+        if path.resolve() == (work / READABLE_TEXT).resolve():
+            raise Moe2ggufError(f"{path} is where the text that was used is written; give a copy, or another --work")
+    return functools.cache(lambda: _calibration_text(source, calibration, work, n_threads, device, progress, note))
 
 
 def sequence_length(source: Source, calibration: Calibration) -> int:
@@ -544,22 +560,45 @@ def sequence_length(source: Source, calibration: Calibration) -> int:
 
 
 def _calibration_text(
-    source: Source, calibration: Calibration, work: Path, n_threads: int, progress: Progress, note: Note
+    source: Source,
+    calibration: Calibration,
+    work: Path,
+    n_threads: int,
+    device: torch.device,
+    progress: Progress,
+    note: Note,
 ) -> CalibrationText:
-    length = sequence_length(source, calibration)
+    length, wanted = sequence_length(source, calibration), calibration.n_sequences
+    if wanted < MIN_SEQUENCES:
+        raise Moe2ggufError(f"{wanted} sequence of text: at least {MIN_SEQUENCES} are needed, one is held out")
     if calibration.text_paths:
-        return text_from_files(calibration.text_paths, source.path, calibration.n_sequences, length)
-    path, request = work / "text.safetensors", _text_request(source, calibration, length)
-    if (found := text_at_hand(request, path)) is not None:
-        note(f"using the text in {path}, which the model wrote before")
+        found = text_from_files(calibration.text_paths, source.path, wanted, length)
+        if (n := len(found.tokens_SL)) < MIN_SEQUENCES:
+            raise Moe2ggufError(
+                f"the calibration text has {n} sequence of {length} tokens, at least {MIN_SEQUENCES} are needed, of "
+                "which one is held out; give more --text or a smaller --length"
+            )
+        if n < wanted:
+            note(f"the calibration text has {n} sequences of {length} tokens, {wanted} were asked for")
         return found
-    found = _written_text(source, calibration, length, work, n_threads, progress, note)
+    path, request = work / "text.safetensors", _text_request(source, calibration, length)
+    if (at_hand := text_at_hand(request, path)) is not None:
+        note(f"using the text in {path}, which the model wrote before")
+        return at_hand
+    found = _written_text(source, calibration, length, work, n_threads, device, progress, note)
     save_text(found, request, path)
     return found
 
 
 def _written_text(
-    source: Source, calibration: Calibration, length: int, work: Path, n_threads: int, progress: Progress, note: Note
+    source: Source,
+    calibration: Calibration,
+    length: int,
+    work: Path,
+    n_threads: int,
+    device: torch.device,
+    progress: Progress,
+    note: Note,
 ) -> CalibrationText:
     """By the model itself."""
     writer = work / "sampling.gguf"
@@ -575,6 +614,7 @@ def _written_text(
                 n_selected=source.n_expert_used,
                 kv_bytes_per_token=kv_bytes,
                 n_threads=n_threads,
+                on_gpu=device != CPU,
                 seed=calibration.seed,
                 progress=lambda done, total: progress("the model writes balanced calibration text", done, total),
             )
@@ -586,6 +626,7 @@ def _written_text(
             length,
             kv_bytes_per_token=kv_bytes,
             n_threads=n_threads,
+            on_gpu=device != CPU,
             seed=calibration.seed,
             progress=lambda done, total: progress("the model writes calibration text", done, total),
         )
@@ -630,8 +671,7 @@ def request_digest(source: Source, calibration: Calibration) -> str:
     digest = hashlib.sha256(
         f"{__version__} {STATS_FORMAT} {checkpoint_identity(source)} {[t.name for t in CANDIDATES]}".encode()
     )
-    if not calibration.text_paths:
-        digest.update(f"{TEXT_FORMAT}".encode())
+    digest.update(f"{TEXT_FORMAT}".encode())
     for path in calibration.text_paths:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -49,6 +49,7 @@ def sample_text(
     *,
     kv_bytes_per_token: int,
     n_threads: int,
+    on_gpu: bool = False,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> CalibrationText:
@@ -69,6 +70,7 @@ def sample_text(
             n_batch=n_parallel,
             n_sequences=n_parallel,
             n_threads=n_threads,
+            on_gpu=on_gpu,
         ) as model,
     ):
         for first in range(0, n_sequences, n_parallel):

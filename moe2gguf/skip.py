@@ -31,6 +31,11 @@ class Skipping:
     share: float = 0.0  # by the ratio of gate weights, for every token
     prompt_share: float = 0.0  # by the frequency of the expert, in prompts
 
+    def check(self, n_selected: int) -> None:
+        """Raises Moe2ggufError for a share of more than all experts but the top one of those selected."""
+        for share, name in ((self.share, "--skip"), (self.prompt_share, "--skip-prompt")):
+            _check_share(share, 1 - 1 / n_selected, name)
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -157,10 +162,14 @@ def _sensitivity(errors: MatrixErrors, stats: CalibrationStats) -> float:
     return float(np.exp(np.log(np.maximum(errors.probe_kl, 1e-9) / np.maximum(probe_error, 1e-30)).mean()))
 
 
-def _cheapest(options: dict[int, _Options], share: float, name: str) -> Thresholds:
-    most = sum(o.share_O.max() for o in options.values())
+def _check_share(share: float, most: float, name: str) -> None:
     if share > most:
         raise Moe2ggufError(f"{name} {share:g} is out of reach: all but the top expert make {most:.3f} of activations")
+
+
+def _cheapest(options: dict[int, _Options], share: float, name: str) -> Thresholds:
+    most = sum(o.share_O.max() for o in options.values())
+    _check_share(share, most, name)
 
     def chosen(price: float) -> dict[int, int]:
         return {index: int((o.kl_O - price * o.share_O).argmin()) for index, o in options.items()}

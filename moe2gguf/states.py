@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from moe2gguf.errors import OutputError
+
 SCRATCH_PREFIX = "streams-"
 
 Key = TypeVar("Key")
@@ -31,6 +33,17 @@ def by_sequence(hidden_SLD: torch.Tensor, limit_bytes: int, scratch_folder: Path
         # a part of it would keep all of it
         states[s] = hidden_SLD[s : s + 1].clone()
     return states
+
+
+def write(path: Path, values: torch.Tensor) -> None:
+    """Not by numpy's tofile, which on a full disk says neither why nor where."""
+    try:
+        with open(path, "wb") as file:
+            file.write(values.contiguous().numpy().data)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {values.nbytes:,} bytes to {path}: {error.strerror}; make room there"
+        ) from error
 
 
 class States(Generic[Key]):
@@ -58,7 +71,7 @@ class States(Generic[Key]):
         if self._folder is None:
             self._folder = TemporaryDirectory(dir=self._scratch_folder, prefix=SCRATCH_PREFIX)
         path = self._on_disk.setdefault(key, Path(self._folder.name) / f"{len(self._on_disk)}.f32")
-        state_SLD.contiguous().numpy().tofile(path)
+        write(path, state_SLD)
 
     def __getitem__(self, key: Key) -> torch.Tensor:
         if key in self._in_memory:

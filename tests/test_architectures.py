@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
 
 from moe2gguf import pipeline, sample
+from moe2gguf.experts import CPU
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.pipeline import Calibration, convert
 from moe2gguf.source import layer_of, open_source
@@ -212,7 +213,7 @@ def test_experts_of_large_models_write_in_fewer_bits(
 
     monkeypatch.setattr(pipeline, "sample_text", sample_text)
     monkeypatch.setattr(sample, "MANY_PARAMS", source.n_params)
-    text = pipeline.text_of(source, calibration, tmp_path, 2, lambda *_: None, lambda _: None)()
+    text = pipeline.text_of(source, calibration, tmp_path, 2, CPU, lambda *_: None, lambda _: None)()
     assert text.tokens_SL.shape == (2, 32) and types == {True: {"Q4_0"}, False: {"Q8_0", "F32"}}
 
 

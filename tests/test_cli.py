@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe2gguf.cli import _Size, main
@@ -129,7 +130,7 @@ def test_help_imports_nothing_heavy():
         (["convert", "x", "--bits", "3", "--max-groups", "8"], "8 is not in the range 1<=x<=7"),
         (["convert", "x", "--bits", "3", "--text", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["convert", "x", "--bits", "3", "--nonsense"], "No such option"),
-        (["calibrate", "x", "--sequences", "0"], "0 is not in the range x>=1"),
+        (["calibrate", "x", "--sequences", "0"], "0 is not in the range x>=2"),
         (["calibrate", "x", "--bits", "3"], "No such option"),
         (["allocate", "x", "--bits", "3"], "Missing option '--stats'"),
         (["quantize", "x", "--stats", __file__], "Missing option '--allocation'"),
@@ -232,7 +233,7 @@ def test_options_reach_the_file(done, small_text, tmp_path):
         *("--split-max-tensors", 10, "--model-name", "Renamed", "--threads", 1),
     )
     assert result.exit_code == 0, result.output
-    shards = sorted(tmp_path.glob("o-mq-*.gguf"))
+    shards = sorted(tmp_path.glob("o-mq*.gguf"))
     assert len(shards) > 1 and all(str(shard) in result.stdout for shard in shards)
     readers = [gguf.GGUFReader(shard) for shard in shards]
     types = {tensor.name: tensor.tensor_type.name for reader in readers for tensor in reader.tensors}
@@ -434,13 +435,117 @@ def test_a_dense_model(tmp_path):
     [
         (b"too short", r"has \d+ tokens, one sequence needs 512; give more --text"),
         (b"", r"has 0 tokens"),
-        (b"\xff\xfe binary \x00" * 99, "cannot read the calibration text .*text.bin"),
+        (b"\xff\xfe binary \x00" * 99, "cannot read the text .*text.bin"),
     ],
 )
 def test_calibration_text_that_will_not_do(tiny, tmp_path, content, text):
     (tmp_path / "text.bin").write_bytes(content)
     result = run("calibrate", tiny("qwen3_moe"), "--text", tmp_path / "text.bin", "--work", tmp_path / "w")
     assert_sentence(result, text)
+
+
+def test_one_sequence_is_none_to_hold_out(tiny, small_text, tmp_path):
+    folder, n_tokens = tiny("qwen3_moe"), 3600
+    result = run("calibrate", folder, "--sequences", 1, "--work", tmp_path / "w")
+    assert result.exit_code == 2 and "--sequences" in result.stderr
+    result = run("calibrate", folder, "--text", small_text, "--length", n_tokens, "--work", tmp_path / "w")
+    assert_sentence(result, "(has 1 sequence|one sequence needs)")
+
+
+def test_fewer_sequences_than_asked_for_are_said(tiny, small_text, tmp_path):
+    with cheap_measurements():
+        result = run("calibrate", tiny("qwen3_moe"), "--text", small_text, "--length", 256, "--work", tmp_path / "w")
+    assert re.search(r"note: the calibration text has \d+ sequences of 256 tokens, 128 were asked for", result.stderr)
+
+
+@pytest.mark.parametrize("command", [["calibrate"], ["convert", "--bits", 3.6], ["prune", "{out}", "--share", 0.5]])
+def test_what_was_calibrated_on_is_not_overwritten(command, tiny, small_text, tmp_path):
+    (tmp_path / "calibration.txt").write_text(text := small_text.read_text())
+    arguments = [str(part).format(out=tmp_path / "out") for part in command[1:]]
+    few = ["--sequences", 4, "--length", 32, "--probe-tokens", 64, "--work", tmp_path, "--no-resume"]
+    result = run(command[0], tiny("qwen3_moe"), *arguments, "--text", tmp_path / "calibration.txt", *few)
+    assert_sentence(result, r"calibration\.txt is where the text that was used is written; give a copy")
+    assert (tmp_path / "calibration.txt").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--skip", 0.6], r"--skip 0\.6 is out of reach: all but the top expert make 0\.500"),
+        (["--skip-prompt", 0.6], r"--skip-prompt 0\.6 is out of reach"),
+        (["--allocator", "pmq", "--layout", "stock"], "--allocator pmq gives every expert a type of its own"),
+        (["--allocator", "pmq", "--max-groups", 2], "pmq has 3 types of experts, --max-groups 2"),
+        (["--allocator", "pmq", "--bits", 1.7], "below what PMQ's classes reach"),
+        (["--allocator", "uniform", "--bits", 1.0], "no single type for all experts"),
+        (["--recipe", "{tmp}/no/recipe.json"], "there is no folder .*no to save the recipe in"),
+        (["--prune-experts", 0.25, "--outfile", "{tmp}/there.gguf"], r"there\.gguf exists; pass --force"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_work(options, text, tiny, small_text, tmp_path, monkeypatch):
+    (tmp_path / "there.gguf").touch()
+    options = [str(option).format(tmp=tmp_path) for option in options]
+    monkeypatch.setattr("moe2gguf.pipeline.calibrate", None)
+    monkeypatch.setattr("moe2gguf.pipeline.prune", None)
+    arguments = ["convert", tiny("qwen3_moe"), "--bits", 3.6, "--text", small_text, "--outfile", tmp_path / "x.gguf"]
+    assert_sentence(run(*arguments, "--sequences", 4, "--length", 32, *options), text)
+
+
+def test_a_card_that_cannot_be(done, small_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe2gguf.evaluate.evaluate", None)
+    file = shutil.copy(done.results["stock"].path, tmp_path / "a.gguf")
+    result = run("card", file, "--text", small_text)
+    assert result.exit_code == 2 and "needs --base" in result.stderr
+    (tmp_path / "latin").write_bytes("Prüfung".encode("latin-1"))
+    assert_sentence(run("card", file, "--base", file, "--text", tmp_path / "latin"), "cannot read the text .*latin")
+    (tmp_path / "README.md").touch()
+    assert_sentence(run("card", file, "--base", file), r"README\.md exists; pass --force")
+
+
+def test_a_full_disk(tiny, small_text, tmp_path, monkeypatch):
+    """safetensors says so with an error of its own."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("moe2gguf.stats.save_file", full)
+    few = ["--sequences", 4, "--length", 32, "--probe-tokens", 64]
+    with cheap_measurements():
+        result = run("calibrate", tiny("qwen3_moe"), "--text", small_text, *few, "--work", tmp_path / "w")
+    assert_sentence(result, r"cannot be written or read \(.*No space left on device.*\); make room there")
+
+
+def test_a_recipe_without_feedback_says_what_was_done(done, small_text, tmp_path):
+    """Routers and scales are left as they are, whatever else was asked for."""
+    arguments = ["convert", done.folder, "--bits", 3.6, *request(done, small_text), "--outfile", tmp_path / "x.gguf"]
+    with cheap_measurements():
+        result = run(*arguments, "--no-feedback", "--router", "qesc", "--recipe", tmp_path / "recipe.json")
+    assert result.exit_code == 0, result.output
+    quantizer = json.loads((tmp_path / "recipe.json").read_text())["quantizer"]
+    assert not quantizer["feedback"] and quantizer["router"] == "none" and not quantizer["tuning"]
+    # a plan of the replay is of what the recipe says
+    plan = run(
+        *("convert", done.folder, "--recipe", tmp_path / "recipe.json", "--text", small_text, "--work", done.work),
+        "--dry-run",
+    )
+    assert plan.exit_code == 0 and "provisional" not in plan.stdout, plan.output
+
+
+def test_thresholds_in_a_file_for_any_runtime(done, small_text, tmp_path):
+    arguments = ["convert", done.folder, "--bits", 3.6, *request(done, small_text), "--no-feedback", "--skip", 0.1]
+    with cheap_measurements():
+        stock = run(*arguments, "--layout", "stock", "--outfile", tmp_path / "stock.gguf")
+        grouped = run(*arguments, "--outfile", tmp_path / "grouped.gguf")
+    said = "it takes the patched runtime to leave them out"
+    assert said in stock.stderr and said not in grouped.stderr
+
+
+def test_the_name_tells_the_size(done, small_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = int(done.results["grouped"].path.stat().st_size)
+    arguments = ["convert", done.folder, "--size", size, *request(done, small_text), "--dry-run"]
+    with cheap_measurements():
+        result = run(*arguments)
+    assert re.search(r"MQ[3-9]_\d", result.stdout), result.output
 
 
 def test_files_of_other_stages_and_models(done, tiny, tmp_path):

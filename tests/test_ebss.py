@@ -12,7 +12,7 @@ from moe2gguf import ebss, pipeline
 from moe2gguf.capture import LayerCapture
 from moe2gguf.ebss import balance, balanced_text, is_repetitive
 from moe2gguf.errors import Moe2ggufError
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import CPU, find_experts
 from moe2gguf.llama import captured_log, open_model
 from moe2gguf.sample import decode
 from moe2gguf.source import open_source
@@ -156,7 +156,7 @@ def test_every_architecture_writes(
     monkeypatch.setattr(ebss, "is_repetitive", lambda _: False)
     source, said = open_source(tiny(model_type)), list[str]()
     calibration = pipeline.Calibration(n_sequences=3, sequence_tokens=24)
-    text = pipeline.text_of(source, calibration, tmp_path, 1, lambda *_: None, said.append)()
+    text = pipeline.text_of(source, calibration, tmp_path, 1, CPU, lambda *_: None, said.append)()
     assert text.tokens_SL.shape == (3, 24) and said == ["self-sampled texts rejected because they repeat themselves: 0"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe2gguf.errors import Moe2ggufError, OutputError
-from moe2gguf.experts import find_experts
+from moe2gguf.experts import CPU, find_experts
 from moe2gguf.pipeline import DEFAULT_QUANTIZER, Calibration, Quantizer, convert, prune, text_of
 from moe2gguf.prune import RECORD, most_salient, n_kept, pruned_folder, saliency, shrunk, write_pruned
 from moe2gguf.source import open_source
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_answers_another_request(tiny, small_text: Path, tmp_p
 
     def run(n_sequences: int, request: str) -> None:
         calibration = Calibration((small_text,), n_sequences=n_sequences, sequence_tokens=32)
-        text = text_of(source, calibration, tmp_path, 1, silent, silent)
+        text = text_of(source, calibration, tmp_path, 1, CPU, silent, silent)
         prune(source, 0.5, tmp_path / "pruned", request, lambda: LayerStream(source.path), text, silent, notes.append)
 
     run(2, "one")

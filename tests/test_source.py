@@ -512,7 +512,7 @@ def test_models_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # nothing listens there: as on a machine without network
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Moe2ggufError, match="owner/name is not a folder here, and the Hub cannot be reached"):
+    with pytest.raises(Moe2ggufError, match="owner/name is not a folder here, and cannot be downloaded"):
         resolve_model("owner/name")
 
 

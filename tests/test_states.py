@@ -1,12 +1,15 @@
 """Hidden states beyond the limit lie on disk, and nobody can tell."""
 
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe2gguf.states import SCRATCH_PREFIX, States, by_sequence, remove_left_behind
+from moe2gguf.errors import OutputError
+from moe2gguf.states import SCRATCH_PREFIX, States, by_sequence, remove_left_behind, write
 from tests.test_calibrate import assert_same, run_calibration
 
 
@@ -50,3 +53,15 @@ def test_calibration_is_the_same_from_disk(tiny: Callable[..., Path], monkeypatc
     in_memory = run_calibration(folder, 2, 32)
     monkeypatch.setattr("moe2gguf.probes.BRANCHES_BYTES", 100_000)  # of 17 streams of 32 KiB
     assert_same(run_calibration(folder, 2, 32), in_memory)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for it."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write 400,000 bytes to .*0\.f32: .*; make room there"):
+            write(tmp_path / "0.f32", torch.zeros(1, 100, 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

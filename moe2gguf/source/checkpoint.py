@@ -13,6 +13,8 @@ DEMO = "demo"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+# the same weights once more, as their authors' own programs read them
+HUB_COPIES = ["original/*", "metal/*"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,16 +47,16 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except GatedRepoError as error:
         raise SourceError(f"{hub_id} is gated; accept its terms on the Hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise SourceError(f"{hub_id} is neither a folder here nor a repository you can see on the Hub") from error
-    # whichever HTTP library the Hub's client uses, its errors come through
-    except (OSError, ValueError) as error:
+    # whichever HTTP library the Hub's client uses, its errors come through; and a full disk's
+    except Exception as error:
         raise SourceError(
-            f"{hub_id} is not a folder here, and the Hub cannot be reached for it ({type(error).__name__}); "
-            "check the network or give a folder"
+            f"{hub_id} is not a folder here, and cannot be downloaded ({type(error).__name__}: {error}); check the "
+            "network and the disk, or give a folder"
         ) from error
 
 
