@@ -278,6 +278,8 @@ def graded(
     )  # fmt: skip
     if gradient_SLD.dim() > 3:  # hyper-connections: every stream begins as the embedding
         gradient_SLD = gradient_SLD.sum(2)
+    if (tokens_SL[:, 0] == tokens_SL[0, 0]).all():  # what begins all text is one row, unlike all others
+        gradient_SLD = gradient_SLD[:, 1:]
     sums = Sums.zeros(gradient_SLD.shape[-1])
     for gradient_LD in gradient_SLD:
         sums.add(gradient_LD)

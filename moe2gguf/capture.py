@@ -15,6 +15,7 @@ from moe2gguf.experts import CPU, ExpertBlock
 
 # how many tokens of each batch, or of a layer, are kept as a sample
 LAYER_SAMPLE_TOKENS = 64
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class MatrixCapture:
@@ -161,8 +162,16 @@ def tokens_of(expert: int, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> tupl
     return token_n, gates_TK[token_n, slot_n]
 
 
-def layer_sample_tokens(n_tokens: int) -> slice:
-    """Tokens of the whole layer. They stand in where an expert has seen too little: it is run on tokens that it did
-    not win, each weighed by the expert's softmax probability there."""
-    stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
-    return slice(stride // 2, None, stride)
+def layer_sample_tokens(n_tokens: int) -> torch.Tensor:
+    """Tokens of the whole layer, i64 (n,). They stand in where an expert has seen too little: it is run on tokens that
+    it did not win, each weighed by the expert's softmax probability there."""
+    return spread_tokens(n_tokens, LAYER_SAMPLE_TOKENS)
+
+
+def spread_tokens(n_tokens: int, n_wanted: int) -> torch.Tensor:
+    """So many of all, i64 (n,), ascending: one in each of as many equal runs of tokens, at a place in it that goes on
+    by the golden ratio. At even steps all could be at one place of their sequences, such as the first."""
+    n = min(n_tokens, n_wanted)
+    border_n = torch.arange(n + 1) * n_tokens // max(n, 1)
+    place_n = (torch.arange(n, dtype=torch.float64) * GOLDEN_RATIO) % 1
+    return border_n[:-1] + (place_n * border_n.diff()).long()

@@ -107,6 +107,7 @@ def cost_table(
     measured = CANDIDATES if stats is None else stats.types
     layout = layout if reorderable(source) else "stock"
     module_of = None if stats is None else module_names(source, stats)
+    is_tied = not any(tensor.name == "output.weight" for tensor in source.tensors)
     units: list[Unit] = []
     fixed: dict[str, QuantType] = {}
     experts: dict[tuple[int, str], list[SourceTensor]] = {}
@@ -124,7 +125,7 @@ def cost_table(
         elif projection is not None and (layer := layer_of(tensor.name)) is not None:
             experts.setdefault((layer, projection), []).append(tensor)
         elif module_of is None or tensor.name in module_of:
-            units.append(_matrix_unit(tensor, module_of, stats))
+            units.append(_matrix_unit(tensor, module_of, stats, is_tied))
         else:
             fixed[tensor.name] = next(t for t in UNMEASURED_TYPES if ggml.fits(t, tensor.shape[-1]))
     for (layer, projection), tensors in sorted(experts.items()):
@@ -222,12 +223,16 @@ def module_names(source: Source, stats: CalibrationStats) -> dict[str, str]:
     return {name: module for name, module in names.items() if name in present and module in stats.errors}
 
 
-def _matrix_unit(tensor: SourceTensor, module_of: dict[str, str] | None, stats: CalibrationStats | None) -> Unit:
-    module = None if module_of is None else module_of[tensor.name]
+def _matrix_unit(
+    tensor: SourceTensor, module_of: dict[str, str] | None, stats: CalibrationStats | None, is_tied: bool
+) -> Unit:
+    module, role = None if module_of is None else module_of[tensor.name], _role(tensor.name)
+    if role == "embedding" and is_tied:  # looked up without error it would be; as the head it is multiplied with
+        module, role = None if module is None else "lm_head", "output"
     return Unit(
         name=tensor.name,
         tensors=(tensor.name,),
-        role=_role(tensor.name),
+        role=role,
         n_rows=prod(tensor.shape[:-1]),
         n_columns=tensor.shape[-1],
         layer=layer_of(tensor.name),

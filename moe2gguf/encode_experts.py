@@ -12,7 +12,7 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moe2gguf import backend, feedback, ggml
-from moe2gguf.capture import ExpertCapture, tokens_of
+from moe2gguf.capture import ExpertCapture, spread_tokens, tokens_of
 from moe2gguf.codec import CODECS
 from moe2gguf.encode_matrices import (
     DAMPINGS,
@@ -235,8 +235,7 @@ class _LayerWork:
         run = max(1, min(length, n_tokens // (2 * HELD_OUT)))
         self._held_out_T = torch.arange(n_tokens) // run % HELD_OUT == HELD_OUT - 1
         # stands in for what a cold expert has not seen
-        stride = max(1, n_tokens // LAYER_SAMPLE_TOKENS)
-        self._sample_n = torch.arange(stride // 2, n_tokens, stride)
+        self._sample_n = spread_tokens(n_tokens, LAYER_SAMPLE_TOKENS)
         self._sample_probability_nE = torch.softmax(block.scores(found.scored()[self._sample_n]), dim=-1)
 
     def encode(
@@ -289,16 +288,11 @@ class _LayerWork:
             tokens_n, gates_n = tokens_n[kept_n], gates_n[kept_n]
         own_n = self._weights(gates_n)
         probability_n = self._weights(self._sample_probability_nE[:, expert])
-        n_sample = len(self._sample_n)
         # means, the layer's with the belief of SHRINKAGE_TOKENS tokens
         own_n = own_n / own_n.sum().clamp_min(1e-20) * len(tokens_n)
         layer_n = probability_n / probability_n.sum().clamp_min(1e-20) * SHRINKAGE_TOKENS
-        held_out_sample_n = torch.arange(n_sample) % HELD_OUT == HELD_OUT - 1
-        return Tokens(
-            torch.cat([tokens_n, self._sample_n]),
-            torch.cat([own_n, layer_n]),
-            torch.cat([self._held_out_T[tokens_n], held_out_sample_n]),
-        )
+        token_n = torch.cat([tokens_n, self._sample_n])
+        return Tokens(token_n, torch.cat([own_n, layer_n]), self._held_out_T[token_n])
 
     def _down_inputs(self, given: Inputs, decoded: Mapping[tuple[str, int], torch.Tensor]) -> Inputs:
         n_tokens = sum(len(tokens.token_n) for tokens in given.of.values())
@@ -353,11 +347,9 @@ class _LayerWork:
             for key, weight in weights.items()
         }
         sample = {key: weight[rows[key]] for key, weight in weights.items()}
-        importance = {
-            e: diagonal_K.clamp_min(1e-12).cpu().numpy()
-            for e, diagonal_K in zip(experts, whole.hessian_EKK.diagonal(dim1=1, dim2=2), strict=True)
-        }
-        plain = self._ggml(sample, types, importance)
+        importance = _importance(experts, whole)
+        # neither encoder knows the tokens that it is judged by
+        plain = self._ggml(sample, types, _importance(experts, most))
         ggml_error = {key: inputs.error(key[1], sample[key], plain[key][1]) for key in weights}
         best_error, best_damping = dict(ggml_error), dict.fromkeys(weights, None)
         with_codec = {key for key in weights if types[key] in CODECS}
@@ -449,6 +441,12 @@ class _LayerWork:
                         decoded = ggml.decode(blocks_NB, batch[0], weights[key].shape[1])
                         found[key] = blocks_NB, torch.from_numpy(decoded)
         return found
+
+
+def _importance(experts: Sequence[int], moments: Moments) -> dict[int, np.ndarray]:
+    """By expert, f32 (K,)"""
+    diagonals = moments.hessian_EKK.diagonal(dim1=1, dim2=2).clamp_min(1e-12).cpu().numpy()
+    return dict(zip(experts, diagonals, strict=True))
 
 
 def gate_up_moments(

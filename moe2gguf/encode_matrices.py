@@ -43,6 +43,7 @@ class InputMoments:
             for name, module in modules.items()
             if isinstance(module, nn.Linear)
             and name in matrices
+            and matrices[name].has_feedback
             and matrices[name].quant_type in CODECS
             and module.weight.shape[1] <= MAX_COLUMNS
         }
@@ -109,10 +110,13 @@ def encode(
         curvature = feedback.curvature(moments_KK[None].to(device), damping)
         return feedback.quantize(part_NK[None].to(device), quant_type, curvature, pool)[0].cpu().numpy()
 
-    by_ggml = least = error(ggml.encode(sample_RK.numpy(), quant_type, matrix.importance_K))
+    # neither encoder knows the tokens that it is judged by
+    fit_KK = sums.fit_KK / max(sums.n_fit, 1)
+    importance_K = None if matrix.importance_K is None else fit_KK.diagonal().clamp_min(1e-12).numpy()
+    by_ggml = least = error(ggml.encode(sample_RK.numpy(), quant_type, importance_K))
     best: float | None = None
     for damping in DAMPINGS:
-        found = error(fed_back(sample_RK, sums.fit_KK / max(sums.n_fit, 1), damping))
+        found = error(fed_back(sample_RK, fit_KK, damping))
         if found < least:
             best, least = damping, found
     if best is None:

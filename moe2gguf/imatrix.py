@@ -99,8 +99,9 @@ def write_imatrix(path: Path, source: Source, table: CostTable, stats: Calibrati
 
 def _matrices(source: Source, table: CostTable, stats: CalibrationStats) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Name, importance f32 (E, K), tokens i64 (E,)."""
+    columns_of = {tensor.name: tensor.columns_K for tensor in source.tensors if tensor.columns_K is not None}
     found = [
-        (name, stats.importance[unit.importance][None], np.array([stats.n_tokens]))
+        (name, stats.importance[unit.importance][None, columns_of.get(name, slice(None))], np.array([stats.n_tokens]))
         for unit in table.units
         if unit.importance is not None
         for name in unit.tensors

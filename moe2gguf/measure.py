@@ -76,6 +76,8 @@ class Measure:
         x_TD, ids_TK, gates_TK = capture.routed()
         sample = layer_sample_tokens(len(x_TD))
         probability_nE = torch.softmax(block.scores(capture.scored()[sample]), dim=-1)
+        # as large as gate weights are, however those are made of scores
+        probability_nE *= gates_TK.sum(1).mean() / probability_nE.topk(ids_TK.shape[1]).values.sum(1).mean()
         jobs: list[Future[np.ndarray]] = []
         for expert in range(block.n_experts):
             tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
@@ -86,7 +88,7 @@ class Measure:
             own_n = gates_n[keep].square() * n / max(len(keep), 1)
             layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(probability_nE)
             weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
-            token_n = torch.cat([tokens_n[keep], torch.arange(len(x_TD))[sample]])
+            token_n = torch.cat([tokens_n[keep], sample])
             of_expert = _Expert(
                 block, expert, x_TD, gradient_TD, token_n, weight_n, rng.random(),
                 stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert],

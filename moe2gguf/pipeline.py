@@ -35,7 +35,7 @@ from moe2gguf.interim import remove_interim
 from moe2gguf.llama import available_cores
 from moe2gguf.provenance import changed_values, provenance
 from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
-from moe2gguf.quantize import FilePlan, encode_tensors, plan_file, plan_uniform
+from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors, plan_file, plan_uniform
 from moe2gguf.recipe import Recipe
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
@@ -242,9 +242,7 @@ def _quantised(
     types = plan.expert_types(stats.layers)
     modules = module_names(source, stats)
     matrices = {
-        modules[tensor.name]: Matrix(
-            tensor.quant_type, None if tensor.importance_EK is None else tensor.importance_EK[0]
-        )
+        modules[tensor.name]: _as_in_the_model(tensor)
         for tensor in plan.tensors
         if tensor.name in modules and tensor.quant_type in CANDIDATES
     }
@@ -304,6 +302,14 @@ def _quantised(
     paths = _write(source, plan, extra_kv, target, n_threads, progress, spool, modules)
     spool.remove()
     return tuple(paths), outcomes
+
+
+def _as_in_the_model(tensor: TensorPlan) -> Matrix:
+    """With its columns where the model has them."""
+    importance_K, columns_K = None if tensor.importance_EK is None else tensor.importance_EK[0], tensor.source.columns_K
+    if importance_K is not None and columns_K is not None:
+        importance_K = importance_K[columns_K.argsort()]
+    return Matrix(tensor.quant_type, importance_K, columns_K is None)
 
 
 def spool_for(work: Path, stats: CalibrationStats, quantizer: Quantizer, types: Types, matrices: Matrices) -> Spool:

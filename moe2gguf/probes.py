@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from moe2gguf import ggml
+from moe2gguf.backward import chunks
 from moe2gguf.capture import MatrixCapture
 from moe2gguf.experts import CPU, ExpertBlock
 from moe2gguf.ggml import QuantType
@@ -34,7 +35,6 @@ MATRIX_PROBE_TYPES = (QuantType.IQ3_XXS,)
 N_PARTS = 16
 # for columns that are no multiple of 256; candidates, since a probe is read beside the error measured at its type
 SMALL_BLOCK_PROBE_TYPES = (QuantType.IQ4_NL, QuantType.Q5_0)
-LOGITS_CHUNK_TOKENS = 256
 # the few tokens that errors matter most for, which differ from text to text, count no more than one at this quantile
 HARD_QUANTILE = 0.98
 # of hidden states kept in memory; the rest lies on disk
@@ -140,20 +140,21 @@ class Probes:
             for t in _fitting(MATRIX_PROBE_TYPES, weight.shape[1])
         }
         kls: dict[tuple[str, QuantType], list[torch.Tensor]] = {key: [] for key in [*self._branches, *heads]}
-        chunks = _chunks(self._clean_SLD)[0]
-        for done, chunk in enumerate(chunks):
-            progress(done, len(chunks))
-            clean_LV = torch.log_softmax(self._stream.logits(self._clean_SLD[chunk])[0], -1)
+        parts = chunks(self._clean_SLD)
+        for done, (s, tokens) in enumerate(parts):
+            progress(done, len(parts))
+            clean_1LD = self._clean_SLD[s : s + 1, tokens]
+            clean_LV = torch.log_softmax(self._stream.logits(clean_1LD)[0], -1)
             for branch in self._branches:
-                part_1LD = self._branches.part(branch, chunk[0].start, chunk[1])
+                part_1LD = self._branches.part(branch, s, tokens)
                 kls[branch].append(_kl(clean_LV, self._stream.logits(part_1LD)[0]))
-            for key, parts in heads.items():
+            for key, blocks in heads.items():
                 with _restored(weight):
-                    self._decode(parts, key[1], weight)
-                    kls[key].append(_kl(clean_LV, self._stream.logits(self._clean_SLD[chunk])[0]))
+                    self._decode(blocks, key[1], weight)
+                    kls[key].append(_kl(clean_LV, self._stream.logits(clean_1LD)[0]))
         self._branches.close()
         found: dict[str, tuple[Probe, ...]] = {}
-        kl_BT = torch.stack([torch.cat(parts) for parts in kls.values()])
+        kl_BT = torch.stack([torch.cat(of_branch) for of_branch in kls.values()])
         for (name, quant_type), kl in zip(kls, (kl_BT @ token_weights(kl_BT)).tolist(), strict=True):
             found[name] = (*found.get(name, ()), Probe(quant_type, kl))
         return found
@@ -190,20 +191,11 @@ def _restored(weight: torch.Tensor) -> Iterator[None]:
 
 def mean_kl(stream: LayerStream, clean_SLD: torch.Tensor, other_SLD: torch.Tensor) -> float:
     """KL(clean ‖ other), nats per token, of two streams after the last layer."""
-    chunks, step = _chunks(clean_SLD)
     total = 0.0
-    for chunk in chunks:
-        clean_LV = torch.log_softmax(stream.logits(clean_SLD[chunk])[0], -1)
-        total += float(_kl(clean_LV, stream.logits(other_SLD[chunk])[0]).sum())
-    return total / (len(chunks) * step)
-
-
-def _chunks(hidden_SLD: torch.Tensor) -> tuple[list[tuple[slice, slice]], int]:
-    """Parts of one sequence each, and how many tokens they have."""
-    n_sequences, length = hidden_SLD.shape[:2]
-    step = min(length, LOGITS_CHUNK_TOKENS)
-    starts = range(0, length - step + 1, step)
-    return [(slice(s, s + 1), slice(start, start + step)) for s in range(n_sequences) for start in starts], step
+    for s, tokens in chunks(clean_SLD):
+        clean_LV = torch.log_softmax(stream.logits(clean_SLD[s : s + 1, tokens])[0], -1)
+        total += float(_kl(clean_LV, stream.logits(other_SLD[s : s + 1, tokens])[0]).sum())
+    return total / clean_SLD[..., 0].numel()
 
 
 def token_weights(kl_BT: torch.Tensor) -> torch.Tensor:

@@ -29,15 +29,15 @@ def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> 
         values[f"moe2gguf.{name}.share"] = (thresholds.share, ValueType.FLOAT32, None)
         values[f"moe2gguf.{name}.kld.predicted"] = (thresholds.kl, ValueType.FLOAT32, None)
 
+    ratio = ratio_thresholds(stats, skipping.share)
     if skipping.share:
-        thresholds = ratio_thresholds(stats, skipping.share)
-        put("ratio", thresholds.limit_L)
-        put("protect_norm", thresholds.protect_norm_L)
-        said("skip", thresholds)
+        put("ratio", ratio.limit_L)
+        put("protect_norm", ratio.protect_norm_L)
+        said("skip", ratio)
     if skipping.prompt_share:
-        thresholds = frequency_thresholds(stats, skipping.prompt_share)
-        put("frequency", thresholds.limit_L)
-        said("skip_prompt", thresholds)
+        frequency = frequency_thresholds(stats, skipping.prompt_share, ratio, source.n_layer)
+        put("frequency", frequency.limit_L)
+        said("skip_prompt", frequency)
     return values
 
 

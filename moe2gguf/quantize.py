@@ -113,6 +113,8 @@ def plan_file(source: Source, table: CostTable, allocation: Allocation, stats: C
             plans.append(TensorPlan(tensor.name, tensor, allocation.fixed[tensor.name], order))
         elif units[0].expert is None:
             importance = stats.importance[units[0].importance][None] if units[0].importance else None
+            if importance is not None and tensor.columns_K is not None:
+                importance = importance[:, tensor.columns_K]
             plans.append(TensorPlan(tensor.name, tensor, allocation.types[units[0].name], None, importance))
         else:
             plans += _expert_plans(tensor, [allocation.types[u.name] for u in units], order, units[0], stats)

@@ -11,7 +11,8 @@ Shapes: T tokens, E experts, K selected per token, D hidden, H held-out sequence
 expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,16 +56,18 @@ def n_watched(n_experts: int, n_selected: int) -> int:
 
 
 def fit(
-    router_ED: torch.Tensor, exact_TD: torch.Tensor, found_TD: torch.Tensor, held_out_T: torch.Tensor, n_selected: int,
-    device: torch.device,
+    router_ED: torch.Tensor, exact_TD: torch.Tensor, found_TD: torch.Tensor, held_out_T: torch.Tensor,
+    selected_TK: torch.Tensor, device: torch.device,
 ) -> Fit | None:  # fmt: skip
-    """The rows that, on what the quantised model gives them, score as router_ED does on what the model gives them.
+    """The rows that, on what the quantised model gives them, score as router_ED does on what the model gives them,
+    where scores are high or the model selects them, i64 (T, K): by biases or groups it may select others.
 
     None where the router as it was does better on held-out tokens.
     """
     wanted_TE = exact_TD @ router_ED.T
     watched_TE = torch.zeros_like(wanted_TE, dtype=torch.bool)
-    watched_TE.scatter_(1, wanted_TE.topk(n_watched(wanted_TE.shape[1], n_selected)).indices, True)
+    watched_TE.scatter_(1, wanted_TE.topk(n_watched(wanted_TE.shape[1], selected_TK.shape[1])).indices, True)
+    watched_TE.scatter_(1, selected_TK, True)
 
     def error(candidate_ED: torch.Tensor) -> float:
         miss_TE = found_TD[held_out_T] @ candidate_ED.T - wanted_TE[held_out_T]
@@ -143,7 +146,8 @@ def calibrate_routers(
     held_out_T = held_out_S.repeat_interleave(length)
     layers = {layer for layer, _, _ in types}
     fits: dict[int, Fit] = {}
-    agreements: list[tuple[float, float]] = []
+    # of held-out tokens, by the model, by the file's router as it was and as it is calibrated
+    chosen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     with ggml.encoding_threads(n_threads) as pool:
         streams = Streams(stream, tokens_SL, matrices, spool, pool, progress)
         trials = Trials(streams.found_SLD[held_out_S].clone(), States(TRIALS_BYTES, spool.folder))
@@ -159,7 +163,9 @@ def calibrate_routers(
                         streams.look(block)
                     exact_ids_TK, found_ids_TK = exact.selected(), found.selected()
                     streams.say("router", 0, 1)
-                    best = fit(block.router_ED.to(CPU), exact.scored(), found.scored(), held_out_T, n_selected, device)
+                    best = fit(
+                        block.router_ED.to(CPU), exact.scored(), found.scored(), held_out_T, exact_ids_TK, device
+                    )
                     del exact, found  # before those of another pass come
                     trials.as_it_was(index, streams.found_SLD[held_out_S], streams.run, best is not None)
                     if best is not None:
@@ -170,22 +176,50 @@ def calibrate_routers(
                     streams.advance(streams.found_SLD)
                 trials.advance(streams.run)
                 if index in fits:
-                    before, now = (
-                        agreement(exact_ids_TK[held_out_T], ids_TK[held_out_T])
-                        for ids_TK in (found_ids_TK, after.selected())
-                    )
-                    agreements.append((before, now))
+                    selected = exact_ids_TK, found_ids_TK, after.selected()
+                    exact_HK, found_HK, now_HK = (ids_TK[held_out_T] for ids_TK in selected)
+                    chosen[index] = exact_HK, found_HK, now_HK
                 del after
         exact_HLD = streams.exact_SLD[held_out_S]
         helps, kl_before, kl_after = trials.judge(
             streams.found_SLD[held_out_S], lambda hidden_HLD: mean_kl(stream, exact_HLD, hidden_HLD)
         )
+        del streams
+        if 0 < len(helps) < len(fits):
+            # together they may do otherwise than each
+            judged = Streams(stream, tokens_SL[held_out_S.numpy()], matrices, spool, pool, progress)
+            now = through(judged, {index: fits[index].router_ED for index in helps}, types, spool, pool)
+            chosen = {index: (*chosen[index][:2], now[index]) for index in helps}
+            kl_after = mean_kl(stream, exact_HLD, judged.found_SLD)
+        if not helps or kl_after >= kl_before:
+            helps, chosen, kl_after = [], {}, kl_before
+    agreements = [(agreement(exact, before), agreement(exact, after)) for exact, before, after in chosen.values()]
     mean_agreement = np.mean(agreements, 0) if agreements else np.ones(2)
     spool.put_routers(
         Routers(
             {index: fits[index].router_ED.numpy() for index in helps}, kl_before, kl_after, *mean_agreement.tolist()
         )
     )
+
+
+def through(
+    streams: Streams, router_ED: Mapping[int, torch.Tensor], types: Types, spool: Spool, pool: ThreadPoolExecutor
+) -> dict[int, torch.Tensor]:
+    """Takes the quantised stream through all layers, with these routers, whose choices are given: i64 (T, K)."""
+    selected: dict[int, torch.Tensor] = {}
+    for index in range(streams.n_layers):
+        with streams.layer(index) as (_, block):
+            streams.quantise_matrices()
+            if block is not None and (own := {(m, e): t for (l, m, e), t in types.items() if l == index}):
+                put_back(block, own, spool, index, pool)
+            capture = ExpertCapture(block)
+            if block is not None and index in router_ED:
+                block.router_ED.copy_(router_ED[index])
+            with capture.listening():
+                streams.advance(streams.found_SLD)
+            if index in router_ED:
+                selected[index] = capture.selected()
+    return selected
 
 
 def taken(held_out_S: torch.Tensor, length: int, n_experts: int, n_selected: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe2gguf.capture import spread_tokens
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.experts import ExpertBlock
 from moe2gguf.stats import CalibrationStats, DropHarm, MatrixErrors
@@ -51,7 +52,7 @@ def drop_harm(block: ExpertBlock, x_TD: torch.Tensor, ids_TK: torch.Tensor, gate
               counts_SE: torch.Tensor) -> DropHarm:  # fmt: skip
     """What leaving out single experts does to the output of a layer's experts, on a sample of tokens."""
     n_tokens, n_selected = ids_TK.shape
-    sample_n = torch.arange(0, n_tokens, -(-n_tokens // MAX_SAMPLE_TOKENS))
+    sample_n = spread_tokens(n_tokens, MAX_SAMPLE_TOKENS)
     x_nD, ids_nK, gates_nK = x_TD[sample_n], ids_TK[sample_n], gates_TK[sample_n]
     harm_nK = _harm(block, x_nD, ids_nK, gates_nK)
     gates_nK = block.chosen_by(ids_nK, gates_nK)
@@ -75,10 +76,10 @@ def drop_harm(block: ExpertBlock, x_TD: torch.Tensor, ids_TK: torch.Tensor, gate
         return count, harm
 
     ratio_count_PB, ratio_harm_PB = histogram(ratio_nK, class_nK, len(protect_norm_P) + 1)
-    rare_count_1B, rare_harm_1B = histogram(often_nK, torch.zeros_like(ids_nK), 1)
+    rare_count_RB, rare_harm_RB = histogram(often_nK, (ratio_nK * BINS).long().clamp(max=BINS), BINS + 1)
     return DropHarm(
         np.array([len(sample_n), n_selected]), protect_norm_P.numpy(), ratio_count_PB, ratio_harm_PB,
-        rare_count_1B[0], rare_harm_1B[0],
+        rare_count_RB, rare_harm_RB,
     )  # fmt: skip
 
 
@@ -121,9 +122,12 @@ def ratio_thresholds(stats: CalibrationStats, share: float) -> Thresholds:
     return _cheapest({index: _ratio_options(stats, index) for index in stats.layers}, share, "--skip")
 
 
-def frequency_thresholds(stats: CalibrationStats, share: float) -> Thresholds:
-    """As ratio_thresholds."""
-    return _cheapest({index: _frequency_options(stats, index) for index in stats.layers}, share, "--skip-prompt")
+def frequency_thresholds(stats: CalibrationStats, share: float, ratio: Thresholds, n_layers: int) -> Thresholds:
+    """As ratio_thresholds, of activations that those leave. None for the last of the model's layers, which in a prompt
+    has only the tokens with an output, and none of its frequencies."""
+    layers = (index for index in stats.layers if index < n_layers - 1)
+    options = {index: _frequency_options(stats, index, ratio.limit_L.get(index, 0.0)) for index in layers}
+    return _cheapest(options, share, "--skip-prompt")
 
 
 def _ratio_options(stats: CalibrationStats, layer: int) -> _Options:
@@ -136,9 +140,9 @@ def _ratio_options(stats: CalibrationStats, layer: int) -> _Options:
     return _Options(*(np.concatenate(x) for x in zip(*(vars(o).values() for o in options), strict=True)))
 
 
-def _frequency_options(stats: CalibrationStats, layer: int) -> _Options:
-    harm = stats.layers[layer].drop_harm
-    return _cumulated(stats, layer, harm.rare_count_B, harm.rare_harm_B, 0.0)
+def _frequency_options(stats: CalibrationStats, layer: int, ratio_limit: float) -> _Options:
+    harm, left = stats.layers[layer].drop_harm, slice(round(ratio_limit * BINS), None)
+    return _cumulated(stats, layer, harm.rare_count_RB[left].sum(0), harm.rare_harm_RB[left].sum(0), 0.0)
 
 
 def _cumulated(

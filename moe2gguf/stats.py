@@ -20,7 +20,7 @@ from moe2gguf.ggml import QuantType
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 # of the file, and of what it says: raised when the same text gives other statistics
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "dtype", "text", "digest", "request")
 
 
@@ -32,8 +32,10 @@ class DropHarm:
     protect_norm_P: np.ndarray  # f32 (P - 1,): ‖x‖₁ where the next class of tokens begins
     ratio_count_PB: np.ndarray  # f64, by the class of the token and g / its largest g
     ratio_harm_PB: np.ndarray  # f64
-    rare_count_B: np.ndarray  # f64, by how often its sequence selects the expert, over the experts' mean
-    rare_harm_B: np.ndarray  # f64
+    # f64, by g / its largest g, in as many bins and one of all above, and by how often its sequence selects the expert,
+    # over the experts' mean
+    rare_count_RB: np.ndarray
+    rare_harm_RB: np.ndarray  # f64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Matrix:
 
     quant_type: QuantType
     importance_K: np.ndarray | None
+    # not where the file has its columns in another order, by which blocks are cut
+    has_feedback: bool = True
 
 
 # beside the experts, by the name of the module: "layers.0.self_attn.q_proj", "embed_tokens"
@@ -85,6 +87,10 @@ class Streams:
         self._quantise("embed_tokens", weight_VD)
         self.found_SLD = self._embed(tokens)
         weight_VD.copy_(exact_VD)
+
+    @property
+    def n_layers(self) -> int:
+        return self._stream.n_layers
 
     def _embed(self, tokens_SL: torch.Tensor) -> torch.Tensor:
         return torch.cat([self._stream.embed(batch) for batch in tokens_SL.split(self._batch)])

@@ -11,7 +11,7 @@ K selected experts per token, V vocabulary.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
 import numpy as np
@@ -75,7 +75,8 @@ def tune(
         exact = by_sequence(streams.exact_SLD, AWAY_BYTES // 2, spool.folder)
         del streams.exact_SLD
         fit, held_out_H = ((held_out_S == is_held_out).nonzero()[:, 0].tolist() for is_held_out in (False, True))
-        after = descended(model, before, fit, found, exact, seed=seed, spool=spool, progress=progress)
+        offsets = {module: offset for module, (_, offset) in names.in_file.items()}
+        after = descended(model, before, offsets, fit, found, exact, seed=seed, spool=spool, progress=progress)
         judge = Judge(model, found.parts(held_out_H), exact.parts(held_out_H), selected, spool, progress)
         for states in (found, exact):
             states.close()
@@ -86,6 +87,7 @@ def tune(
             trial = judge.trial(before, before | kept, ())
         if trial.kl_after >= trial.kl_before:
             kept.clear()
+            trial = replace(trial, kl_after=trial.kl_before, agreement=trial.agreement_before)
         n_scaled = sum(model.put_scaled(unit, kept) for unit in range(stream.n_layers + 1))
     weights = {
         name: (kept[module].numpy() + np.float32(offset)).reshape(source.tensor(name).shape)
@@ -162,6 +164,7 @@ def per_step(n_sequences: int, length: int) -> int:
 def descended(
     model: QuantisedModel,
     start: Weights,
+    offsets: Mapping[str, int],
     sequences: list[int],
     found: States[int],
     exact: States[int],
@@ -170,12 +173,14 @@ def descended(
     spool: Spool,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Adam's weights. By sequence, found is what the first layer is given, exact what the model's last gives."""
+    """Adam's weights, whose steps are as large as they are with their offsets. By sequence, found is what the first
+    layer is given, exact what the model's last gives."""
     length = next((found[s].shape[1] for s in sequences), 0)
     at_once = per_step(len(sequences), length)
     weights = {name: nn.Parameter(weight.clone()) for name, weight in start.items()}
     groups = [
-        {"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in weights.values()
+        {"params": [weight], "size": float((weight.detach() + offsets.get(name, 0)).square().mean().sqrt())}
+        for name, weight in weights.items()
     ]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
     rng = np.random.default_rng(seed)

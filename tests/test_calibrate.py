@@ -135,6 +135,7 @@ def test_statistics_are_those_of_a_loop_over_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("moe2gguf.calibrate.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("moe2gguf.capture.LAYER_SAMPLE_TOKENS", n_sequences * length)
     folder = tiny("qwen3_moe", **SMALL, n_experts=n_experts, top_k=top_k)
     stats = run_calibration(folder, n_sequences, length)
     tokens_SL = np.random.default_rng(0).integers(0, 300, (n_sequences, length))

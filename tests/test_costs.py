@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe2gguf import ggml
+from moe2gguf.allocate import allocate
 from moe2gguf.costs import (
     CANDIDATES,
     ROLE_FLOORS_BPW,
@@ -17,8 +18,11 @@ from moe2gguf.costs import (
 )
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
+from moe2gguf.pipeline import calibrated
+from moe2gguf.quantize import plan_file
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import MatrixErrors, load_stats
+from tests.conftest import cheap_measurements
 from tests.tiny_configs import MODEL_TYPES
 
 
@@ -103,6 +107,19 @@ def test_bytes_are_those_in_the_file(converted, source, stats):
         tensors = gguf.GGUFReader(result.path).tensors
         assert of_units + table.fixed_bytes == allocation.tensor_bytes == sum(int(t.n_bytes) for t in tensors)
         assert sum(int(t.n_elements) for t in tensors) == table.n_params
+
+
+def test_a_tied_embedding_is_quantised_as_the_head(tiny, small_calibration, tmp_path):
+    """Under the importance of what the head is given."""
+    source = open_source(tiny("granitemoe", tie_word_embeddings=True))
+    assert not any(tensor.name == "output.weight" for tensor in source.tensors)
+    with cheap_measurements():
+        stats = calibrated(source, small_calibration, tmp_path, n_threads=2)
+    unit = next(unit for unit in cost_table(source, stats).units if unit.name == "token_embd.weight")
+    assert unit.importance == "lm_head" and unit.role == "output"
+    plan = plan_file(source, cost_table(source, stats), allocate(cost_table(source, stats), 2_500_000), stats)
+    tensor = next(tensor for tensor in plan.tensors if tensor.name == "token_embd.weight")
+    np.testing.assert_array_equal(tensor.importance_EK[0], stats.importance["lm_head"])
 
 
 def test_other_models_statistics_are_refused(tiny, source, stats):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,15 +12,18 @@ from torch import nn
 
 from moe2gguf import encode_matrices as stage
 from moe2gguf import feedback, ggml, pipeline, quantize
+from moe2gguf.costs import cost_table
 from moe2gguf.encode_experts import encode_experts
 from moe2gguf.encode_matrices import InputMoments
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_reader import read_gguf
+from moe2gguf.imatrix import read_imatrix, write_imatrix
 from moe2gguf.source import open_source
 from moe2gguf.spool import Spool
 from moe2gguf.stats import load_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrix, Streams
+from tests.conftest import cheap_measurements
 
 CPU = torch.device("cpu")
 
@@ -127,6 +131,28 @@ def test_rows_are_found_in_another_order(tmp_path: Path, monkeypatch: pytest.Mon
     changed_NK[2, 7] = np.nextafter(changed_NK[2, 7], 9)
     assert spool.matrix("lm_head", changed_NK) is None
     assert spool.matrix("lm_head", weight_NK[:, [1, 0, *range(2, 8)]]) is None
+
+
+def test_columns_that_the_converter_moves(
+    tiny: Callable[..., Path], small_calibration: pipeline.Calibration, tmp_path: Path
+) -> None:
+    """Qwen3.5's linear attention has more heads of values than of keys, and other places for them in a GGUF: the file's
+    columns weigh what they do in the model, in the importance matrix too."""
+    source = open_source(tiny("qwen3_5_moe_text"))
+    with cheap_measurements():
+        result = pipeline.convert(source.path, tmp_path / "a.gguf", bits=3.6, calibration=small_calibration)
+    stats = load_stats(result.stats_path)
+    write_imatrix(tmp_path / "imatrix.gguf", source, cost_table(source, stats, layout="stock"), stats)
+    tensor, module = source.tensor("blk.0.ssm_out.weight"), "layers.0.linear_attn.out_proj"
+    with torch.inference_mode(), LayerStream(source.path).layer(0) as layer:
+        weight_NK = layer.get_submodule("linear_attn.out_proj").weight.numpy().copy()
+    assert tensor.columns_K is not None and not np.array_equal(tensor.load(), weight_NK)
+    np.testing.assert_array_equal(tensor.load(), weight_NK[:, tensor.columns_K])
+    importance_K = stats.importance[module][tensor.columns_K]
+    np.testing.assert_allclose(read_imatrix(tmp_path / "imatrix.gguf")[tensor.name][0], importance_K, rtol=1e-6)
+    in_file = {t.name: t for t in gguf.GGUFReader(result.path).tensors}[tensor.name]
+    expected = ggml.encode(tensor.load(), QuantType(in_file.tensor_type), importance_K)
+    np.testing.assert_array_equal(in_file.data, expected)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "qwen2_moe"])

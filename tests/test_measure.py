@@ -107,8 +107,10 @@ def test_expert_errors_are_the_blocks(
     assert np.mean(ratios) == pytest.approx(1, rel=MANY_EXPERTS)
 
 
-def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path]) -> None:
-    """Own tokens by g², the layer's by p² as 32 tokens of weight; experts no token reached are not free."""
+def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own tokens by g², the layer's by p² as 32 tokens of weight, where p of a token's top expert is its gate weight on
+    average; experts no token reached are not free."""
+    monkeypatch.setattr("moe2gguf.capture.LAYER_SAMPLE_TOKENS", TOKENS_SL.size)
     captured = Captured(tiny("qwen3_moe", **SMALL, n_experts=64, top_k=1))
     n_E = captured.stats.n_tokens_E
     assert (n_E == 0).any() and (n_E > 3).any()
@@ -116,6 +118,7 @@ def test_errors_of_experts_that_saw_little(tiny: Callable[..., Path]) -> None:
     assert (down_EJ > 0).all() and np.isfinite(down_EJ).all()
     x_TD, ids_TK, gates_TK = captured.capture.routed()
     probability_TE = torch.softmax((x_TD @ captured.block.router_ED.T).double(), -1)
+    probability_TE *= gates_TK.mean() / probability_TE.max(1).values.mean()
     for expert in (int(n_E.argmin()), int(n_E.argmax())):
         exact_DI = captured.block.down(expert).numpy()
         importance_I = captured.stats.importance_down_EI[expert]
@@ -421,6 +424,18 @@ def test_a_probe_is_the_kl_divergence_of_the_whole_model(
         assert kl == pytest.approx(wanted, rel=1e-2, abs=1e-6)
         assert wanted > 1e-5
     assert torch.equal(log_probabilities(), clean)
+
+
+def test_the_mean_is_over_all_tokens(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences that do not divide into chunks too."""
+    monkeypatch.setattr("moe2gguf.backward.LOGITS_CHUNK_TOKENS", 5)
+    stream = LayerStream(tiny("qwen2_moe", **SMALL))
+    generator = torch.Generator().manual_seed(0)
+    clean_SLD, other_SLD = torch.randn(2, 3, 13, stream.embedding_VD.shape[1], generator=generator)
+    with torch.inference_mode():
+        clean, other = (torch.log_softmax(stream.logits(x_SLD).double(), -1) for x_SLD in (clean_SLD, other_SLD))
+        wanted = float((clean.exp() * (clean - other)).sum(-1).mean())
+        assert probes.mean_kl(stream, clean_SLD, other_SLD) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_hardest_tokens_count_no_more_than_others() -> None:

@@ -1,6 +1,7 @@
 """Router calibration: the closed form against least squares, the trials against runs of their own, and the file."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -11,12 +12,13 @@ import torch
 from moe2gguf import router as stage
 from moe2gguf.ggml import QuantType
 from moe2gguf.pipeline import Calibration, Quantizer, convert
+from moe2gguf.probes import mean_kl
 from moe2gguf.router import MAX_TOKENS, Trials, agreement, calibrate_routers, fit, held_out, n_watched, taken
 from moe2gguf.source import open_source
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import NO_MATRICES
+from moe2gguf.streams import NO_MATRICES, Streams, put_back
 from moe2gguf.verify import verify_file
 from tests.conftest import LAYOUTS, cheap_measurements
 from tests.test_encode_experts import N_EXPERTS, TOKENS_SL, encode, every_expert
@@ -51,11 +53,15 @@ def test_each_row_is_least_squares_where_it_counts(monkeypatch: pytest.MonkeyPat
     exact_TD = torch.randn(400, 6, generator=rng)
     found_TD = exact_TD + 0.3 * torch.randn(400, 6, generator=rng)
     held_out_T = torch.arange(400) % 5 == 0
-    found = fit(router_ED, exact_TD, found_TD, held_out_T, 2, CPU)
+    # of those selected one has not a high score, as where there are biases
+    selected_TK = torch.stack([(exact_TD @ router_ED.T).argmax(1), torch.arange(400) % 12], 1)
+    found = fit(router_ED, exact_TD, found_TD, held_out_T, selected_TK, CPU)
     assert found is not None and found.damping == 0.1 and found.error < 1
 
     score_TE = exact_TD.double() @ router_ED.double().T
     watched_TE = score_TE >= score_TE.topk(n_watched(12, 2)).values[:, -1:]
+    assert not watched_TE.gather(1, selected_TK).all()
+    watched_TE[torch.arange(400), torch.arange(400) % 12] = True
     for expert in range(12):
         tokens = watched_TE[:, expert] & ~held_out_T
         x_nD = found_TD[tokens].double() / len(found_TD[tokens]) ** 0.5
@@ -68,8 +74,9 @@ def test_each_row_is_least_squares_where_it_counts(monkeypatch: pytest.MonkeyPat
 
 def test_a_router_that_is_right_stays() -> None:
     """Nothing has changed on the way to it, so no other row can do better on held-out tokens."""
-    x_TD = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
-    assert fit(torch.randn(4, 6), x_TD, x_TD, torch.arange(100) % 4 == 0, 2, CPU) is None
+    x_TD, router_ED = torch.randn(100, 6, generator=torch.Generator().manual_seed(0)), torch.randn(4, 6)
+    selected_TK = (x_TD @ router_ED.T).topk(2).indices
+    assert fit(router_ED, x_TD, x_TD, torch.arange(100) % 4 == 0, selected_TK, CPU) is None
 
 
 def test_an_expert_that_counts_nowhere_keeps_its_row() -> None:
@@ -77,7 +84,8 @@ def test_an_expert_that_counts_nowhere_keeps_its_row() -> None:
     exact_TD = torch.rand(300, 6, generator=rng)
     router_ED = torch.rand(20, 6, generator=rng)
     router_ED[7] = -10
-    found = fit(router_ED, exact_TD, exact_TD * 0.9, torch.arange(300) % 4 == 0, 2, CPU)
+    selected_TK = (exact_TD @ router_ED.T).topk(2).indices
+    found = fit(router_ED, exact_TD, exact_TD * 0.9, torch.arange(300) % 4 == 0, selected_TK, CPU)
     assert found is not None and torch.equal(found.router_ED[7], router_ED[7])
     assert not torch.equal(found.router_ED[6], router_ED[6])
 
@@ -134,6 +142,44 @@ def calibrated(folder: Path, spool: Spool) -> None:
         LayerStream(folder), TOKENS_SL, every_expert(QuantType.IQ2_XXS), NO_MATRICES, spool,
         n_experts=N_EXPERTS, n_selected=2, device=CPU, n_threads=2, progress=lambda *_: None,
     )  # fmt: skip
+
+
+def test_those_that_are_kept_are_judged_together(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers' calibrated routers one is said to help: the report is of the model with that one, measured here in
+    another way, and where it does not help after all none is kept."""
+    folder, types = tiny("qwen3_moe", num_hidden_layers=3), every_expert(QuantType.IQ2_XXS, (0, 1, 2))
+    encoded = Spool(tmp_path / "spool")
+    encode(folder, types, encoded)
+
+    def calibrated(before: float) -> Routers:
+        (tmp_path / "spool/routers.safetensors").unlink(missing_ok=True)
+        monkeypatch.setattr(Trials, "judge", lambda self, *_: ([2], before, 0.5 * before))
+        monkeypatch.setattr(stage, "fit", lambda router_ED, *_: stage.Fit(router_ED * 1.01, 0.1, 0.9))
+        calibrate_routers(
+            LayerStream(folder), TOKENS_SL, types, NO_MATRICES, encoded,
+            n_experts=N_EXPERTS, n_selected=2, device=CPU, n_threads=2, progress=lambda *_: None,
+        )  # fmt: skip
+        routers = encoded.routers()
+        assert routers is not None
+        return routers
+
+    kept, dropped = calibrated(9.0), calibrated(1e-9)
+    assert list(kept.router_ED) == [2] and kept.kl_before == 9
+    assert not dropped.router_ED and dropped.kl_after == dropped.kl_before == 1e-9
+
+    stream, tokens_SL = LayerStream(folder), TOKENS_SL[held_out(*TOKENS_SL.shape).numpy()]
+    with torch.inference_mode(), ThreadPoolExecutor(2) as pool:
+        streams = Streams(stream, tokens_SL, NO_MATRICES, encoded, pool, lambda *_: None)
+        for index in range(3):
+            with streams.layer(index) as (_, block):
+                streams.advance(streams.exact_SLD)
+                put_back(block, {(m, e): t for (l, m, e), t in types.items() if l == index}, encoded, index, pool)
+                if index == 2:
+                    block.router_ED.copy_(block.router_ED * 1.01)
+                streams.advance(streams.found_SLD)
+        assert kept.kl_after == pytest.approx(mean_kl(stream, streams.exact_SLD, streams.found_SLD), rel=1e-4)
 
 
 def test_spooled_and_read_back(tmp_path: Path) -> None:

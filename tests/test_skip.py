@@ -60,7 +60,7 @@ def test_harm_is_the_change_of_the_output(block: ExpertBlock) -> None:
     harm = skip.drop_harm(block, x_TD, ids_TK, gates_TK, counts_SE)
 
     ratio_count_PB, ratio_harm_PB = np.zeros((2, len(PROTECTING_QUANTILES) + 1, BINS))
-    rare_count_B, rare_harm_B = np.zeros((2, BINS))
+    rare_count_RB, rare_harm_RB = np.zeros((2, BINS + 1, BINS))
     norms = x_TD.abs().sum(1).numpy()
     for t in range(40):
         whole_D = output(block, x_TD[t], ids_TK[t], gates_TK[t])
@@ -74,12 +74,12 @@ def test_harm_is_the_change_of_the_output(block: ExpertBlock) -> None:
             ratio_harm_PB[group, ratio] += change
             often = counts_SE[t // 20, ids_TK[t, k]] / 10
             if often < 1:
-                rare_count_B[int(often * BINS)] += 1
-                rare_harm_B[int(often * BINS)] += change
+                rare_count_RB[ratio, int(often * BINS)] += 1
+                rare_harm_RB[ratio, int(often * BINS)] += change
     assert harm.sampled.tolist() == [40, TOP_K]
-    assert np.array_equal(harm.ratio_count_PB, ratio_count_PB) and np.array_equal(harm.rare_count_B, rare_count_B)
+    assert np.array_equal(harm.ratio_count_PB, ratio_count_PB) and np.array_equal(harm.rare_count_RB, rare_count_RB)
     np.testing.assert_allclose(harm.ratio_harm_PB, ratio_harm_PB, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(harm.rare_harm_B, rare_harm_B, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(harm.rare_harm_RB, rare_harm_RB, rtol=1e-4, atol=1e-6)
 
 
 def options(shares: list[float], kls: list[float]) -> skip._Options:
@@ -115,6 +115,27 @@ def test_nothing_is_skipped_unasked(stats: CalibrationStats, source: Source) -> 
 def test_out_of_reach(stats: CalibrationStats) -> None:
     with pytest.raises(Moe2ggufError, match=r"--skip 0.9 is out of reach: all but the top expert make 0\."):
         skip.ratio_thresholds(stats, 0.9)
+
+
+def test_what_is_skipped_by_ratio_is_not_skipped_again(stats: CalibrationStats) -> None:
+    """Counted by hand: what is rare in prompts and above the layer's ratio. None in the model's last layer."""
+    none = skip.ratio_thresholds(stats, 0.0)
+    ratio = skip.ratio_thresholds(stats, 0.2)
+    assert any(ratio.limit_L.values())
+    alone, beside = (skip.frequency_thresholds(stats, 0.1, limits, 3) for limits in (none, ratio))
+    for found, limits in ((alone, none), (beside, ratio)):
+        count, n_slots = 0.0, 0
+        for index, layer in stats.layers.items():
+            harm = layer.drop_harm
+            for r in range(BINS + 1):
+                for b in range(BINS):
+                    is_left = r >= limits.limit_L[index] * BINS
+                    count += harm.rare_count_RB[r, b] * (is_left and b < found.limit_L[index] * BINS)
+            n_slots += int(harm.sampled.prod())
+        assert found.share == pytest.approx(count / n_slots) and 0.05 < found.share <= 0.1
+    assert any(beside.limit_L[index] > alone.limit_L[index] for index in stats.layers)
+    last = max(stats.layers)
+    assert skip.frequency_thresholds(stats, 0.05, none, last + 1).limit_L.keys() == stats.layers.keys() - {last}
 
 
 @pytest.mark.parametrize(("model_type", "skipping"), [("qwen3_moe", Skipping(0.2)), ("olmoe", Skipping(0.35)),

@@ -6,13 +6,14 @@ tensor is the checkpoint's expert e. E experts, N out features, K in features.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
 from moe2gguf.errors import SourceError
 from moe2gguf.source.checkpoint import check_files, read_json, resolve_model
@@ -82,6 +83,7 @@ class SourceTensor:
     load: Callable[[], np.ndarray]  # f32, C-contiguous; raises SourceError on a weight that is not finite
     native_type: gguf.GGMLQuantizationType | None = None  # a checkpoint that is MXFP4 already
     load_native: Callable[[], np.ndarray] | None = None  # uint8 (..., bytes per row), the same values without loss
+    columns_K: np.ndarray | None = None  # i64, the checkpoint's, where the converter puts them in another order
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def open_source(
     kv = tuple(KeyValue(key, v.value, v.type, v.sub_type) for key, v in writer.kv_data[0].items())
     values = {pair.key: pair.value for pair in kv}
     arch = values["general.architecture"]
-    tensors = tuple(_source_tensor(name, info, arch, folder) for name, info in writer.tensors[0].items())
+    tensors = tuple(
+        replace(_source_tensor(name, info, arch, folder), columns_K=_moved_columns(name, converted))
+        for name, info in writer.tensors[0].items()
+    )
     n_expert = values.get(f"{arch}.expert_count", 0)
     if not n_expert or not any("_exps." in tensor.name for tensor in tensors):
         raise SourceError(f"{folder} is a dense {arch} model without experts; moe2gguf is for mixtures of experts")
@@ -168,6 +173,20 @@ def layer_of(name: str) -> int | None:
     """The decoder layer of a GGUF tensor, None for embeddings, output and the like."""
     match = re.match(r"blk\.(\d+)\.", name)
     return int(match[1]) if match else None
+
+
+def _moved_columns(name: str, converted: Any) -> np.ndarray | None:
+    """Of what linear attention gives: Qwen3.5's converter has the heads of values in another order than those of keys
+    share them by. Other matrices it moves by rows."""
+    if not name.endswith(".ssm_out.weight") or not hasattr(converted, "_reorder_v_heads"):
+        return None
+    n_keys, n_values, width = (
+        converted.hparams[f"linear_{name}"] for name in ("num_key_heads", "num_value_heads", "value_head_dim")
+    )
+    if n_keys == n_values:
+        return None
+    columns_1K = torch.arange(n_values * width)[None]
+    return converted._reorder_v_heads(columns_1K, 1, n_keys, n_values // n_keys, width)[0].numpy()
 
 
 def _source_tensor(name: str, info: gguf.gguf_writer.TensorInfo, arch: str, folder: Path) -> SourceTensor:
