@@ -1,7 +1,7 @@
 """What a model is run in while it is calibrated and quantised: products in float32, or in bfloat16 as it was trained.
 
 A processor with units for bfloat16 computes it two to eight times as fast; others do not, and some virtual machines
-advertise such units and trap on their instructions. So it is tried, once, in a process of its own. Of GPUs CUDA knows.
+advertise such units and trap on their instructions. So it is tried, once, in a process of its own.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import torch
+from safetensors import safe_open
 
 from moe2gguf.errors import DeviceError
 from moe2gguf.settings import Calibration
@@ -47,15 +48,17 @@ def settled(calibration: Calibration, source: Source, device: torch.device) -> C
 
 
 def _is_faster(device: torch.device) -> bool:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    return speed_of_bf16() >= FASTER
+    # GPUs that the kernels run on have units for it
+    return device.type == "cuda" or speed_of_bf16() >= FASTER
 
 
 def stored_in_bf16(source: Source) -> bool:
-    """By its configuration, where transformers wrote it under either of two names."""
-    return "bfloat16" in str(source.hparams.get("dtype") or source.hparams.get("torch_dtype"))
+    """By its configuration, where transformers wrote it under either of two names; without, by its tensors."""
+    said = source.hparams.get("dtype") or source.hparams.get("torch_dtype")
+    if said is not None:
+        return "bfloat16" in str(said)
+    with safe_open(min(source.path.glob("model*.safetensors")), framework="pt") as shard:
+        return any(shard.get_slice(name).get_dtype() == "BF16" for name in shard.keys())  # noqa: SIM118 (no iterator)
 
 
 @functools.cache

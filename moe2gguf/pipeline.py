@@ -15,9 +15,8 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 import torch
-import transformers
 
-from moe2gguf import __version__
+from moe2gguf import __version__, ggml
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
@@ -49,10 +48,10 @@ from moe2gguf.spool import Outcome, Spool
 from moe2gguf.states import remove_left_behind
 from moe2gguf.stats import FORMAT_VERSION as STATS_FORMAT
 from moe2gguf.stats import CalibrationStats, load_stats, save_stats
-from moe2gguf.stream import LayerStream
+from moe2gguf.stream import LayerStream, check_runs
 from moe2gguf.streams import Matrices, Matrix, Types
 from moe2gguf.text import FORMAT_VERSION as TEXT_FORMAT
-from moe2gguf.text import CalibrationText, save_text, text_at_hand, text_from_files
+from moe2gguf.text import CalibrationText, load_tokenizer, save_text, text_at_hand, text_from_files
 from moe2gguf.tuning import describe as describe_tuned
 from moe2gguf.tuning import tune
 
@@ -368,7 +367,7 @@ def calibrated(
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
     remove_left_behind(work)
     found = (text or text_of(source, calibration, work, n_threads, device, progress, note))()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+    tokenizer = load_tokenizer(source.path)
     (work / READABLE_TEXT).write_text(
         "\n".join(str(tokenizer.decode(sequence, skip_special_tokens=True)) for sequence in found.tokens_SL),
         encoding="utf-8",
@@ -482,6 +481,15 @@ def report_allocation(
             f"{len(table.small_block_units)} matrices have columns that are no multiple of 256 and use types with "
             f"blocks of 32 (first: {table.small_block_units[0]})"
         )
+    if native := next((t.native_type for t in source.tensors if t.native_type is not None), None):
+        own_bpw, experts = ggml.bits_per_weight(native), [u for u in table.units if u.expert is not None]
+        n_bytes = sum(u.n_rows * ggml.row_bytes(allocation.types[u.name], u.n_columns) for u in experts)
+        bpw = n_bytes * 8 / sum(u.n_rows * u.n_columns for u in experts)
+        if bpw >= own_bpw:
+            note(
+                f"the checkpoint's experts are {native.name} already, {own_bpw:.2f} bits per weight; the file's have "
+                f"{bpw:.2f}: llama.cpp's own conversion is smaller and loses nothing"
+            )
     cold = {layer: int((expert.n_tokens_E < 32).sum()) for layer, expert in stats.layers.items()}
     if sum(cold.values()):
         worst = max(cold, key=lambda layer: cold[layer])
@@ -530,7 +538,7 @@ def outfile_for(source: Source, outfile: Path | None, budget: Budget) -> Path:
 
 def work_folder_for(source: Source, target: Path) -> Path:
     """One folder for all budgets of a model, beside its files."""
-    return target.parent / f"{source.path.name}.moe2gguf"
+    return target.parent / f"{source.label}.moe2gguf"
 
 
 def begin_anew(work: Path) -> None:
@@ -553,7 +561,9 @@ def text_of(
     note: Note,
 ) -> Callable[[], CalibrationText]:
     """The calibration text, read or written by the model when it is first asked for. Raises Moe2ggufError where it
-    would be overwritten, or removed with what earlier runs left."""
+    would be overwritten, or removed with what earlier runs left, or calibration could not make use of it."""
+    check_runs(source.path)
+    load_tokenizer(source.path)
     for path in calibration.text_paths:
         if path.resolve() == (work / READABLE_TEXT).resolve():
             raise Moe2ggufError(f"{path} is where the text that was used is written; give a copy, or another --work")

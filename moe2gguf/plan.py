@@ -50,6 +50,7 @@ from moe2gguf.router import TRIALS_BYTES, held_out
 from moe2gguf.sample import kv_bytes_per_token, n_at_once, writer_type
 from moe2gguf.settings import DEFAULT_QUANTIZER, Quantizer
 from moe2gguf.source import Source, layer_of, open_source
+from moe2gguf.stream import check_runs
 from moe2gguf.streams import AWAY_BYTES
 from moe2gguf.tuning import BATCH_TOKENS as TUNING_BATCH_TOKENS
 from moe2gguf.tuning import per_step
@@ -121,6 +122,7 @@ def make_plan(
 ) -> ConversionPlan:
     """Uses the statistics at hand if they fit the request, unless nothing is to be resumed, and says whether it did."""
     source = open_source(model, pre_tokenizer=pre_tokenizer, model_name=model_name, metadata_file=metadata_file)
+    check_runs(source.path)
     target = outfile_for(source, outfile, budget)
     work = work_folder or work_folder_for(source, target)
     written_bytes = int(source.n_params * ggml.bits_per_weight(writer_type(source)) / 8)

@@ -26,7 +26,7 @@ from moe2gguf.errors import Moe2ggufError, OutputError, SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.gguf_file import check_space
 from moe2gguf.source import Source, expert_axis
-from moe2gguf.source.checkpoint import WEIGHTS_INDEX, read_json
+from moe2gguf.source.checkpoint import WEIGHTS_INDEX, WEIGHTS_SUFFIXES, read_json
 from moe2gguf.source.stored import Shards
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
@@ -171,7 +171,7 @@ def write_pruned(source: Source, kept: Mapping[int, list[int]], folder: Path, re
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in source.path.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX:
+        if file.is_file() and file.suffix not in WEIGHTS_SUFFIXES and file.name != WEIGHTS_INDEX:
             shutil.copy(file, aside)
     (aside / "config.json").write_text(
         json.dumps(_config(source, kept, record), indent=2, sort_keys=True) + "\n", encoding="utf-8"

@@ -6,6 +6,7 @@ step reads nearly all experts, so sequences go side by side, as many as keys and
 Shapes: S sequences, L tokens of each, P sequences in parallel, V vocabulary.
 """
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -87,9 +88,20 @@ def sample_text(
 
 
 def first_token(model: OpenModel) -> int:
-    """What begins a document: BOS, or else the EOS that ends the one before."""
-    candidates = (model.lib.llama_vocab_bos(model.vocab), model.lib.llama_vocab_eos(model.vocab), 0)
-    return next(token for token in candidates if token >= 0)
+    """What begins a document: BOS, or else what ends the one before, <|endoftext|> where EOS is the end of a turn.
+    Where the file says nothing of them, llama.cpp answers with GPT-2's, whatever token has its number."""
+    lib, end = model.lib, b"<|endoftext|>"
+    if _is_said(model, "bos"):
+        return int(lib.llama_vocab_bos(model.vocab))
+    token = (lib.llama_token * len(end))()
+    if lib.llama_tokenize(model.vocab, end, len(end), token, len(end), False, True) == 1:
+        return int(token[0])
+    return int(lib.llama_vocab_eos(model.vocab)) if _is_said(model, "eos") else 0
+
+
+def _is_said(model: OpenModel, token: str) -> bool:
+    key, value = f"tokenizer.ggml.{token}_token_id".encode(), ctypes.create_string_buffer(32)
+    return model.lib.llama_model_meta_val_str(model.model, key, value, len(value)) >= 0
 
 
 def decode(model: OpenModel, tokens_P: np.ndarray, names_P: np.ndarray, position: int) -> np.ndarray:

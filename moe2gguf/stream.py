@@ -82,19 +82,19 @@ class _StandIn(nn.Module):
 def model_config(folder: Path) -> transformers.PreTrainedConfig:
     """Raises SourceError for a model that transformers does not have."""
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         names = read_json(folder / "config.json").get("architectures") or [None]
         # Kimi K2 is DeepSeek-V3 under a type of its own
         known = getattr(transformers, str(names[0]), None)
         if known is None:
             raise _not_known(folder, error) from error
-        config = known.config_class.from_pretrained(folder)
+        config = known.config_class.from_pretrained(folder, trust_remote_code=False)
         config.model_type = known.config_class.model_type  # by which weights are converted
         return config
 
 
-def _not_known(folder: Path, error: ValueError) -> SourceError:
+def _not_known(folder: Path, error: Exception) -> SourceError:
     return SourceError(
         f"transformers {transformers.__version__} cannot run {folder}, which calibration needs: "
         f"{str(error).splitlines()[0]}"
@@ -117,29 +117,45 @@ def auto_class(config: transformers.PreTrainedConfig) -> Any:
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
+def _config_to_run(folder: Path) -> tuple[transformers.PreTrainedConfig, str | None]:
+    """And how the checkpoint is quantised."""
+    config = model_config(folder)
+    return config, _take_quant_method(config)
+
+
+def _without_weights(config: transformers.PreTrainedConfig, folder: Path) -> Any:
+    """The model, whose parameters are nowhere yet. Raises SourceError for what the stream cannot run."""
+    with init_empty_weights(include_buffers=False):
+        # ValueErrors, of models that it has not; and whatever a model's own code raises on such a configuration
+        try:
+            model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
+            layers = list(model.get_decoder().layers)
+        except Exception as error:
+            raise _not_known(folder, error) from error
+    if not any(find_experts(layer) for layer in layers):
+        raise SourceError(
+            f"no experts in {folder}, or transformers holds {config.model_type}'s in a form that is not supported "
+            "yet; please report the model"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def check_runs(folder: Path) -> None:
+    """Raises SourceError for a checkpoint whose layers the stream cannot run. Reads no weights."""
+    _without_weights(_config_to_run(folder)[0], folder)
+
+
 class LayerStream:
     """A causal language model whose decoder layers are loaded one at a time. `dtype`: of products."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU):
         self.dtype, self.device = dtype, device
-        config = model_config(folder)
-        self._stored = Stored(folder, _take_quant_method(config))
-        with init_empty_weights(include_buffers=False):
-            try:
-                model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
-            except ValueError as error:
-                raise _not_known(folder, error) from error
-        self.model = model.eval()
-        self.model.requires_grad_(False)
+        self.config, quant_method = _config_to_run(folder)
+        self._stored = Stored(folder, quant_method)
+        self.model = _without_weights(self.config, folder)
         self.text_model: Any = self.model.get_decoder()
         _drop_all_but(self.text_model, self.model)
-        self.config = config
         self.layers: list[nn.Module] = list(self.text_model.layers)
-        if not any(find_experts(layer) for layer in self.layers):
-            raise SourceError(
-                f"no experts in {folder}, or transformers holds {config.model_type}'s in a form that is not supported "
-                "yet; please report the model"
-            )
         path = next(name for name, module in self.model.named_modules() if module is self.text_model)
         self._layers_prefix = f"{path}.layers."
         self._mapping = get_model_conversion_mapping(self.model)

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moe2gguf.errors import Moe2ggufError
+from moe2gguf.errors import Moe2ggufError, SourceError
 
 # of the file, and of what it says: raised when the same request gives another text
 FORMAT_VERSION = 4
@@ -35,7 +35,7 @@ def text_from_files(
     """Sequences spread evenly over all the text; the files count by their length. Where the tokenizer begins text with
     BOS, so do they, in place of their first token, as llama-imatrix and llama-perplexity have it: some models are lost
     without."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     ids: list[int] = []
     for path in paths:
         ids += tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
@@ -49,6 +49,18 @@ def text_from_files(
     if (bos := tokenizer.bos_token_id) is not None and tokenizer("a")["input_ids"][0] == bos:
         tokens_SL[:, 0] = bos
     return CalibrationText(tokens_SL, ", ".join(path.name for path in paths))
+
+
+def load_tokenizer(model_folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """Raises SourceError where transformers does not read it, or it has a program of its own, which is not run."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    # whatever the libraries underneath raise
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot read the tokenizer of {model_folder}, which calibration needs: "
+            f"{' '.join(str(error).split())[:300]}; a tokenizer.json beside the weights would do"
+        ) from error
 
 
 def read_text(path: Path) -> str:

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moe2gguf import pipeline
 from moe2gguf.cli import _Size, main
 from moe2gguf.costs import CANDIDATES
 from moe2gguf.record import load_record
@@ -488,6 +489,27 @@ def test_what_cannot_be_is_said_before_the_work(options, text, tiny, small_text,
     monkeypatch.setattr("moe2gguf.pipeline.prune", None)
     arguments = ["convert", tiny("qwen3_moe"), "--bits", 3.6, "--text", small_text, "--outfile", tmp_path / "x.gguf"]
     assert_sentence(run(*arguments, "--sequences", 4, "--length", 32, *options), text)
+
+
+def test_what_cannot_be_calibrated_is_said_before_text_is_written(tiny, tmp_path, monkeypatch):
+    """The model is written, and its text, only for one that runs and whose tokenizer is read."""
+    monkeypatch.setattr("moe2gguf.pipeline.write_gguf", None)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    custom = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(custom))
+    honest = pipeline.load_tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe2gguf.pipeline.load_tokenizer", lambda _: honest(tmp_path))
+        for command in (
+            ["convert", "--bits", 3.6, "--outfile", tmp_path / "x.gguf"],
+            ["calibrate", "--work", tmp_path],
+        ):
+            result = run(command[0], tiny("qwen3_moe"), *command[1:])
+            assert_sentence(result, "transformers cannot read the tokenizer of .*, which calibration needs")
+    monkeypatch.setattr("moe2gguf.stream.find_experts", lambda layer: None)
+    for options in ([], ["--dry-run"]):
+        arguments = ["convert", tiny("qwen3_moe"), "--bits", 3.6, "--outfile", tmp_path / "x.gguf", *options]
+        assert_sentence(run(*arguments), "transformers holds qwen3_moe's in a form that is not supported")
 
 
 def test_a_card_that_cannot_be(done, small_text, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """A model run in bfloat16: where it is chosen, and that every stage gives about what it gives in float32."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,17 +51,28 @@ def test_chosen_for_large_models_where_it_is_faster(
     assert chosen("auto", stored) == "f32" and chosen("bf16", stored) == "bf16"
 
 
-@pytest.mark.parametrize("has_units", [True, False])
-def test_on_a_gpu_its_units_decide(
-    has_units: bool, tiny: Callable[..., Path], faster: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_the_processor_does_not_matter(
+    tiny: Callable[..., Path], faster: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what the processor traps on does not matter."""
+    """Nor what it traps on: a GPU that the kernels run on has units for it."""
     source, gpu = open_source(tiny("qwen3_moe", dtype=torch.bfloat16)), torch.device("cuda", 0)
     faster(0.0)
     monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
-    assert chosen("auto", source, gpu) == ("bf16" if has_units else "f32")
+    assert chosen("auto", source) == "f32" and chosen("auto", source, gpu) == "bf16"
     assert chosen("bf16", source, gpu) == "bf16" and chosen("f32", source, gpu) == "f32"
+
+
+def test_a_configuration_that_says_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, faster: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then its tensors do."""
+    faster(2.2)
+    monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
+    for dtype, wanted in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
+        folder = shutil.copytree(tiny("qwen3_moe", dtype=dtype), tmp_path / wanted)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+        assert chosen("auto", open_source(folder)) == wanted
 
 
 def test_a_processor_that_fails_to(

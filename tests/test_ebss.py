@@ -1,9 +1,11 @@
 """Expert-balanced self-sampling: what it hears of the routers, that it is more even, and what it rejects."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,12 @@ from moe2gguf.capture import LayerCapture
 from moe2gguf.ebss import balance, balanced_text, is_repetitive
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.experts import CPU, find_experts
+from moe2gguf.ggml import QuantType
+from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import captured_log, open_model
-from moe2gguf.sample import decode
-from moe2gguf.source import open_source
+from moe2gguf.quantize import encode_tensors, plan_uniform
+from moe2gguf.sample import decode, first_token
+from moe2gguf.source import KeyValue, open_source
 from moe2gguf.stream import LayerStream
 from tests.conftest import cheap_measurements
 from tests.tiny_configs import MODEL_TYPES
@@ -46,6 +51,35 @@ def write(writer: Path, n_sequences: int = 6, seed: int = 0, **options: Any) -> 
         writer, n_sequences, 40, n_experts=N_EXPERTS, n_selected=TOP_K, kv_bytes_per_token=4096, n_threads=1, seed=seed,
         progress=lambda *_: None, **options,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"), [(("bos", "eos"), "bos"), (("eos",), "eos"), ((), None), (("eos", "endoftext"), "endoftext")]
+)
+def test_a_text_begins_as_a_document(said: tuple[str, ...], wanted: str | None, folder: Path, tmp_path: Path) -> None:
+    """With what the file says, not with what llama.cpp takes for it where that is silent (token 11)."""
+    ids = {"bos": 7, "eos": 9, "endoftext": 300, None: 0}
+    source = open_source(folder)
+    kv = [pair for pair in source.kv if not pair.key.endswith(("bos_token_id", "eos_token_id"))]
+    for pair in list(kv):
+        if pair.key == "tokenizer.ggml.tokens" and "endoftext" in said:
+            tokens, place = list(pair.value), kv.index(pair)
+            tokens[ids["endoftext"]] = "<|endoftext|>"
+            kv[place] = dataclasses.replace(pair, value=tokens)
+        if pair.key == "tokenizer.ggml.token_type" and "endoftext" in said:
+            types, place = list(pair.value), kv.index(pair)
+            types[ids["endoftext"]] = gguf.TokenType.CONTROL
+            kv[place] = dataclasses.replace(pair, value=types)
+    for name in {"bos", "eos"} & {*said}:
+        kv.append(KeyValue(f"tokenizer.ggml.{name}_token_id", ids[name], gguf.GGUFValueType.UINT32, None))
+    plan = plan_uniform(source, QuantType.BF16)
+    changed = dataclasses.replace(source, kv=tuple(kv))
+    path = write_gguf(changed, plan, encode_tensors(plan, 2, lambda *_: None), {}, Target(tmp_path / "a.gguf"))[0]
+    with (
+        captured_log() as errors,
+        open_model(path, errors, sequence_tokens=16, n_batch=1, n_sequences=1, n_threads=1) as model,
+    ):
+        assert first_token(model) == ids[wanted]
 
 
 def test_sigma_is_the_papers() -> None:

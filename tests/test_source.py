@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
+from moe2gguf.pipeline import Budget, outfile_for, work_folder_for
 from moe2gguf.runtime import find_runtime, tool
 from tests.tiny_configs import MODEL_TYPES
 from tests.tiny_moe import CORPUS, make_tiny, with_head_ahead
@@ -514,6 +515,39 @@ def test_models_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Moe2ggufError, match="owner/name is not a folder here, and cannot be downloaded"):
         resolve_model("owner/name")
+
+
+def test_a_snapshot_of_the_hub_has_its_models_name(qwen3: Path, tmp_path: Path) -> None:
+    """Not the commit's, which its folder is called after: in the file, its name, and the folder beside it."""
+    commit = "ad44e777bcd18fa416d9da3bd8f70d33ebb85d39"
+    snapshot = tmp_path / "models--Qwen--Qwen3-30B-A3B/snapshots" / commit
+    shutil.copytree(qwen3, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    source = open_source(snapshot)
+    values = {pair.key: pair.value for pair in source.kv}
+    assert source.name == "Qwen3 30B A3B" and values["general.license"] == "apache-2.0"
+    assert commit[:8].lower() not in str(values).lower()
+    assert outfile_for(source, None, Budget(bits=2.54)).name.startswith("Qwen3-")
+    assert work_folder_for(source, Path("out/x.gguf")) == Path("out/Qwen3-30B-A3B.moe2gguf")
+    # read when everything is long opened
+    assert np.isfinite(source.tensor("blk.0.ffn_up_exps.weight").load()).all()
+
+
+def test_gating_by_another_name(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("dots1"), tmp_path / "dots")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scoring_func": "noaux_tc"}))
+    values = {pair.key: pair.value for pair in open_source(folder).kv}
+    assert values["dots1.expert_gating_func"] == 2  # sigmoid
+
+
+def test_an_assertion_of_the_converter_is_shown(qwen3: Path, tmp_path: Path) -> None:
+    """Its text, where it says nothing itself."""
+    folder = shutil.copytree(qwen3, tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(Moe2ggufError, match=r"AssertionError: assert max\(tokenizer\.vocab"):
+        open_source(folder)
 
 
 def test_nothing_is_logged_unless_asked(qwen3: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moe2gguf.errors import SourceError
-from moe2gguf.source.checkpoint import check_files, read_json, resolve_model
+from moe2gguf.source.checkpoint import check_files, published_name, read_json, resolve_model
 from moe2gguf.source.converter import convert_lazily
 from moe2gguf.source.lazy import evaluate
 
@@ -101,6 +101,11 @@ class Source:
     tensors: tuple[SourceTensor, ...]
     kv: tuple[KeyValue, ...]
     metadata: gguf.Metadata
+
+    @property
+    def label(self) -> str:
+        """What folders of ours are called after."""
+        return published_name(self.path) or self.path.name
 
     @property
     def n_params(self) -> int:

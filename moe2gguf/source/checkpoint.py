@@ -14,7 +14,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 # the same weights once more, as their authors' own programs read them
-HUB_COPIES = ["original/*", "metal/*"]
+HUB_COPIES = ["original/*", "metal/*", "consolidated*"]
+# of files with weights, in the formats that there are
+WEIGHTS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,6 +42,14 @@ def resolve_model(model: str | Path) -> Path:
     if not HUB_ID.fullmatch(str(model)):
         raise SourceError(f"{model} is neither a folder nor a Hugging Face id of the form owner/name")
     return _download(str(model))
+
+
+def published_name(folder: Path) -> str | None:
+    """Of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT, whose own name is the commit's."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.rpartition("--")[2]
 
 
 def _download(hub_id: str) -> Path:

@@ -12,9 +12,11 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +26,14 @@ import transformers
 
 from moe2gguf.errors import SourceError
 from moe2gguf.runtime import find_runtime
-from moe2gguf.source.checkpoint import read_json
+from moe2gguf.source.checkpoint import published_name, read_json
 from moe2gguf.source.pre_tokenizer import pre_tokenizer_name
 
 CONVERTER_LOGGERS = ("hf-to-gguf", "gguf", "transformers")
 # whose converters want config.json as it is published: transformers gives some of it other names, or none
 CONFIGURED_AS_PUBLISHED = ("MimoV2Model", "MiniMaxM3Model", "Step35Model")
+# dots.llm1 calls the sigmoid of its scores by how experts are then chosen
+GATING_NAMES = {"noaux_tc": "sigmoid"}
 # whose converters insist on add_bos_token, which transformers does not tell of a tokenizer.json; gguf reads it there
 WITHOUT_BOS_CHECK = ("DeepseekV32Model",)
 
@@ -54,6 +58,8 @@ def convert_lazily(
         # heads that predict further tokens: transformers does not run them, so nothing could be measured of theirs
         model_class.no_mtp = True
         as_published = model_class.__name__ in CONFIGURED_AS_PUBLISHED
+        # until metadata are read
+        stack = ExitStack()
         try:
             # ALL_F32 because it loses nothing: the type each tensor gets is decided later, by us
             model = model_class(
@@ -66,8 +72,12 @@ def convert_lazily(
             )
             if model_class.__name__ in WITHOUT_BOS_CHECK:
                 model.set_vocab = model._set_vocab_gpt2
+            if model.hparams.get("scoring_func") in GATING_NAMES:
+                model.hparams["scoring_func"] = GATING_NAMES[model.hparams["scoring_func"]]
             # Mistral's hands everything on to one of two
             model = getattr(model, "impl", model)
+            if (name := published_name(folder)) is not None:
+                model.dir_model_card = stack.enter_context(_named_folder(folder, name))
             _refuse_nvfp4(folder, model.hparams)
             by_hash = model.get_vocab_base_pre
             model.get_vocab_base_pre = lambda tokenizer: _pre_tokenizer(
@@ -80,7 +90,20 @@ def convert_lazily(
         # assertions, and whatever the libraries underneath raise: all of it means "not this checkpoint"
         except Exception as error:
             raise _not_read(folder, error) from error
+        finally:
+            stack.close()
     return model
+
+
+@contextmanager
+def _named_folder(folder: Path, name: str) -> Iterator[Path]:
+    """The checkpoint's card and configuration in a folder of the model's name, out of which gguf reads names."""
+    with TemporaryDirectory() as parent:
+        (named := Path(parent) / name).mkdir()
+        for file in ("README.md", "config.json"):
+            if (folder / file).is_file():
+                (named / file).symlink_to((folder / file).resolve())
+        yield named
 
 
 def dequantised(folder: Path, read: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], torch.Tensor]]:
@@ -150,6 +173,9 @@ def _model_class(conversion: ModuleType, folder: Path) -> Any:
 
 def _not_read(folder: Path, error: Exception) -> SourceError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, AssertionError) and not str(error):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason += f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
     return SourceError(f"llama.cpp's converter cannot read {folder}: {reason}")
 
 
@@ -167,6 +193,8 @@ def _pre_tokenizer(tokenizer: Any, folder: Path, override: str | None, by_hash: 
     except NotImplementedError:
         pass
     file = folder / "tokenizer.json"
+    if not file.is_file() and any(folder.glob("*tiktoken*")):
+        raise NotImplementedError  # converters that read it themselves take it from here
     text = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.backend_tokenizer.to_str()
     name = pre_tokenizer_name(json.loads(text))
     if name is None:

@@ -36,11 +36,11 @@ class Shards:
             weight_map = json.loads(index.read_text())["weight_map"]
             return cls({name: folder / file for name, file in sorted(weight_map.items())})
         file_of = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("model*.safetensors")):
             with safe_open(file, framework="pt") as shard:
                 file_of.update(dict.fromkeys(shard.keys(), file))
         if not file_of:
-            raise SourceError(f"{folder} holds no *.safetensors; calibration needs safetensors weights")
+            raise SourceError(f"{folder} holds no model*.safetensors; calibration needs safetensors weights")
         return cls(file_of)
 
     @contextmanager

@@ -124,15 +124,16 @@ def to_q8_0(tensor: gguf.ReaderTensor) -> np.ndarray:
 LORA_RANK = 4
 
 
-def write_lora(path: Path, arch: str, *, first_group: str) -> Path:
-    """An adapter to all expert matrices. FIRST_GROUP follows their name: ".g0" for those of a grouped file."""
+def write_lora(path: Path, arch: str, *, first_group: str, n_expert: int = N_EXPERT) -> Path:
+    """An adapter to all expert matrices, of N_EXPERT experts each. FIRST_GROUP follows their name: ".g0" for those of a
+    grouped file."""
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, LORA_RANK)
     for name, weight_ENK in expert_matrices(arch, 0).items():
-        e, n, k = weight_ENK.shape
+        e, n, k = n_expert, *weight_ENK.shape[1:]
         a_ERK = rng.standard_normal((e, LORA_RANK, k), dtype=np.float32) / np.float32(np.sqrt(k))
         b_ENR = rng.standard_normal((e, n, LORA_RANK), dtype=np.float32) / np.float32(np.sqrt(LORA_RANK))
         writer.add_tensor(f"{name}{first_group}.weight.lora_a", a_ERK)
@@ -163,6 +164,15 @@ def test_lora_of_the_plain_file_is_refused(ops, tmp_path) -> None:
     result = run_child(path, tmp_path / "logits.npy", f"lora={lora}")
     assert result.returncode == CANNOT_LOAD
     assert "LoRA tensor 'blk.0.ffn_down_exps.weight' does not exist in base model" in result.stdout
+
+
+def test_lora_of_the_first_group_alone_is_refused(ops, tmp_path) -> None:
+    """Its name says so, but it is asked for experts of all groups."""
+    path = write_model(tmp_path / "grouped.gguf", ops, groups=grouped(3))
+    lora = write_lora(tmp_path / "lora.gguf", "qwen3moe", first_group=".g0", n_expert=N_EXPERT - 2)
+    result = run_child(path, tmp_path / "logits.npy", f"lora={lora}")
+    assert result.returncode == CANNOT_LOAD
+    assert f"_exps.g0.weight' is of 6 and 6 experts, the model has {N_EXPERT}" in result.stdout
 
 
 def grouped(n_groups: int) -> list[tuple[Type, int]]:

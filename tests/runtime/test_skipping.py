@@ -447,6 +447,16 @@ def test_both_rules(with_rule) -> None:
     same(decoded(path, [sequence])[0][0], wanted)
 
 
+def test_both_rules_in_many_layers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that skipping does in 48 layers has room in the graph, which other files do without: stock's are laid out by
+    the number of tensors."""
+    monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
+    plain = write_float(tiny("qwen3_moe", top_k=TOP_K, num_hidden_layers=48), tmp_path / "plain.gguf", ftype="f32")
+    skips = Rule(ratio=0.4, protect_norm=1e9, frequency=0.9).written(plain, tmp_path / "skips.gguf")
+    (logits,), counts = decoded(skips, [SEQUENCES[0]])
+    assert np.isfinite(logits).all() and len(counts) == 48 and sum(skipped for _, skipped in counts.values())
+
+
 @pytest.mark.parametrize("n_ubatch", [128, 16])
 @pytest.mark.parametrize("off", ["integer", "float", "environment"])
 def test_strength_zero_is_off(off: str, n_ubatch: int, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
