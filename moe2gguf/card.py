@@ -67,11 +67,14 @@ def _card(
 ) -> str:
     first = report.paths[0].name
     facts = report.provenance
+    repository = facts.get("moe2gguf.source.repository")
     source = str(facts.get("moe2gguf.source.name", report.name))
     lines = [
         "---",
         "library_name: gguf",
         "tags: [gguf, moe, moe2gguf]",
+        *([f"license: {report.licence}"] if report.licence else []),
+        *([f"base_model: {repository}", "base_model_relation: quantized"] if repository else []),
         "---",
         "",
         f"# {source}, {report.bits_per_weight:.2f} bits per weight",

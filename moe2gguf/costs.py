@@ -46,6 +46,8 @@ CANDIDATES = tuple(
         ]
     )
 )
+# of experts that the checkpoint stores so: ggml's encoder finds the same values again, so that nothing is lost
+NATIVE = QuantType.MXFP4
 # fewest bits per weight by role. The probes predict well near the types they were measured with; below these floors
 # they would have to extrapolate, on matrices whose share of the file is small
 ROLE_FLOORS_BPW = {"embedding": 2.5, "output": 3.0, "attention": 2.5, "shared": 2.0, "dense": 2.0, "expert": 1.7}
@@ -135,6 +137,11 @@ def cost_table(
         cost_UJ = np.array([_assumed_costs_J(unit, measured) for unit in units])
     else:
         cost_UJ = np.array([_unit_costs_J(unit, module_of, stats) for unit in units])
+    stored_so = {tensor.name for tensor in source.tensors if tensor.native_type == NATIVE}
+    if stored_so:
+        measured = (*measured, NATIVE)
+        is_native_U = np.array([stored_so.issuperset(unit.tensors) for unit in units])
+        cost_UJ = np.column_stack([cost_UJ, np.where(is_native_U, 0.0, np.inf)])
     bytes_UJ = np.array(
         [
             [u.n_rows * ggml.row_bytes(t, u.n_columns) if ggml.fits(t, u.n_columns) else 0 for t in measured]

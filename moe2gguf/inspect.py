@@ -101,6 +101,7 @@ class Role:
 class FileReport:
     paths: tuple[Path, ...]
     name: str
+    licence: str | None
     architecture: str  # without the "+grouped" that a grouped file carries
     grouped: bool  # needs the patched runtime
     n_layers: int
@@ -128,6 +129,7 @@ def inspect_file(path: str | Path) -> FileReport:
     return FileReport(
         paths=file.paths,
         name=str(file.kv.get("general.name", file.paths[0].stem)),
+        licence=file.kv.get("general.license"),
         architecture=arch,
         grouped=any(len(p.groups) > 1 for layer in layers for p in layer.projections),
         n_layers=int(file.kv.get(f"{arch}.block_count", len(layers))),

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import torch
 
-from moe2gguf import __version__, ggml
+from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
 from moe2gguf.calibrate import Progress, calibrate
@@ -481,15 +481,6 @@ def report_allocation(
             f"{len(table.small_block_units)} matrices have columns that are no multiple of 256 and use types with "
             f"blocks of 32 (first: {table.small_block_units[0]})"
         )
-    if native := next((t.native_type for t in source.tensors if t.native_type is not None), None):
-        own_bpw, experts = ggml.bits_per_weight(native), [u for u in table.units if u.expert is not None]
-        n_bytes = sum(u.n_rows * ggml.row_bytes(allocation.types[u.name], u.n_columns) for u in experts)
-        bpw = n_bytes * 8 / sum(u.n_rows * u.n_columns for u in experts)
-        if bpw >= own_bpw:
-            note(
-                f"the checkpoint's experts are {native.name} already, {own_bpw:.2f} bits per weight; the file's have "
-                f"{bpw:.2f}: llama.cpp's own conversion is smaller and loses nothing"
-            )
     cold = {layer: int((expert.n_tokens_E < 32).sum()) for layer, expert in stats.layers.items()}
     if sum(cold.values()):
         worst = max(cold, key=lambda layer: cold[layer])

@@ -10,6 +10,7 @@ from moe2gguf.prune import RECORD
 from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
 from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
 from moe2gguf.source import Source, layer_of
+from moe2gguf.source.checkpoint import repository_of
 from moe2gguf.stats import CalibrationStats
 
 # bool per layer: whether the file has another router than the checkpoint; another norm, in the end the last one of all
@@ -90,6 +91,7 @@ def provenance(
         for layer, experts in pruning["kept_experts"].items():
             values[f"moe2gguf.kept_experts.{layer}"] = (experts, ValueType.ARRAY, ValueType.INT32)
     # the Hub's cache keeps a snapshot under its commit
-    if source.path.parent.name == "snapshots":
+    if (repository := repository_of(source.path)) is not None:
+        values["moe2gguf.source.repository"] = (repository, string, None)
         values["moe2gguf.source.commit"] = (source.path.name, string, None)
     return values

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe2gguf import ggml
-from moe2gguf.costs import CANDIDATES, CostTable, Unit
+from moe2gguf.costs import CANDIDATES, NATIVE, CostTable, Unit
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
 from moe2gguf.runtime import find_runtime
@@ -78,7 +78,7 @@ def conditions(source: Source, n_threads: int) -> Conditions:
         n_rows=n_rows,
         n_columns=n_columns,
         in_cache=3 * n_total * source.n_layer <= n_most,
-        types=tuple(t.name for t in CANDIDATES),
+        types=tuple(t.name for t in (*CANDIDATES, NATIVE)),
     )
 
 
@@ -139,14 +139,13 @@ def measure(wanted: Conditions, progress: Callable[[str, int, int], None]) -> Sp
 def with_seconds(table: CostTable, speeds: Speeds, stats: CalibrationStats) -> CostTable:
     """The table with what each unit adds to the time of a decoded token.
 
-    An expert counts as often as calibration selected it, other matrices always; an embedding is looked up, which takes
-    no time, unless it is the output matrix too.
+    An expert counts as often as calibration selected it, other matrices always; an embedding that is not the output
+    matrix too is looked up, which takes no time.
     """
-    is_tied = not any(unit.role == "output" for unit in table.units)
 
     def share(unit: Unit) -> float:
         if unit.expert is None:
-            return float(unit.role != "embedding" or is_tied)
+            return float(unit.role != "embedding")
         assert unit.layer is not None
         return float(stats.layers[unit.layer].n_tokens_E[unit.expert] / stats.n_tokens)
 

@@ -35,6 +35,14 @@ def test_card_names_bytes_hash_recipe_and_how_to_run(file: Path) -> None:
     assert "KL divergence" not in card
 
 
+def test_the_hub_is_told_what_it_is_made_of(tmp_path: Path) -> None:
+    """In the front matter, by which the Hub lists a file under its model."""
+    extra = {"moe2gguf.source.repository": "Qwen/Qwen3-30B-A3B", "general.license": "apache-2.0"}
+    file = write_moe(tmp_path / "a.gguf", random_weights(), extra_kv=extra)
+    front = write_card(file).read_text(encoding="utf-8").split("---\n")[1]
+    assert "license: apache-2.0\nbase_model: Qwen/Qwen3-30B-A3B\nbase_model_relation: quantized\n" in front
+
+
 def test_what_was_measured_is_in_the_table(file: Path) -> None:
     measured = Evaluation(
         file, 512, 4, 1020, 21.5, 0.3, 20.25, 0.25, 0.06, 0.01, 0.02822, 0.0004, 0.2, 0.5, 1.25, 0.89, 0.01, None

@@ -18,7 +18,7 @@ from moe2gguf.costs import (
 )
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
-from moe2gguf.pipeline import calibrated
+from moe2gguf.pipeline import Quantizer, calibrated, convert
 from moe2gguf.quantize import plan_file
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import MatrixErrors, load_stats
@@ -348,3 +348,24 @@ def test_without_statistics_the_bytes_are_the_same(source, stats):
     assert np.array_equal(rough.bytes_UJ, measured.bytes_UJ)
     assert np.array_equal(np.isfinite(rough.cost_UJ), np.isfinite(measured.cost_UJ))
     assert rough.fixed == measured.fixed and rough.fixed_bytes == measured.fixed_bytes
+
+
+def test_experts_that_are_mxfp4_lose_nothing_as_such(tiny, small_calibration, tmp_path):
+    """gpt-oss's: all are what the checkpoint has where there is room, with less some are coarser."""
+    source = open_source(tiny("gpt_oss", stored="mxfp4"))
+    natives = {tensor.name for tensor in source.tensors if tensor.native_type is not None}
+    assert natives == {tensor.name for tensor in source.tensors if "_exps.weight" in tensor.name}
+    for bits, all_of_them in ((5.5, True), (4.4, False)):
+        with cheap_measurements():
+            result = convert(
+                source.path, tmp_path / f"{bits}.gguf", bits=bits, layout="stock", calibration=small_calibration,
+                quantizer=Quantizer(router="none", tuning=False), work_folder=tmp_path / "work",
+            )  # fmt: skip
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(result.path).tensors}
+        kept = {name for name in natives if Q(tensors[name].tensor_type) == Q.MXFP4}
+        assert kept == natives if all_of_them else 0 < len(kept) < len(natives)
+        for name in kept:
+            values = gguf.dequantize(np.asarray(tensors[name].data), Q.MXFP4)
+            np.testing.assert_array_equal(values, source.tensor(name).load())
+    other = open_source(tiny("gpt_oss"))
+    assert Q.MXFP4 not in cost_table(other, None).types

@@ -27,6 +27,7 @@ except RuntimeMissing as missing:
 import llama_cpp
 
 from moe2gguf.source import Source, expert_axis, layer_of, open_source, resolve_model
+from moe2gguf.source.checkpoint import repository_of
 from moe2gguf.source.pre_tokenizer import DEEPSEEK3, GPT4O, LLAMA3, NAMES, QWEN2, TEKKEN, pre_tokenizer_name
 from tests.dequantised import dequantised_checkpoint
 from tests.logits import TABLE_NOISE, llama_logits, transformers_logits
@@ -527,6 +528,7 @@ def test_a_snapshot_of_the_hub_has_its_models_name(qwen3: Path, tmp_path: Path) 
     values = {pair.key: pair.value for pair in source.kv}
     assert source.name == "Qwen3 30B A3B" and values["general.license"] == "apache-2.0"
     assert commit[:8].lower() not in str(values).lower()
+    assert repository_of(snapshot) == "Qwen/Qwen3-30B-A3B" and repository_of(qwen3) is None
     assert outfile_for(source, None, Budget(bits=2.54)).name.startswith("Qwen3-")
     assert work_folder_for(source, Path("out/x.gguf")) == Path("out/Qwen3-30B-A3B.moe2gguf")
     # read when everything is long opened

@@ -44,12 +44,18 @@ def resolve_model(model: str | Path) -> Path:
     return _download(str(model))
 
 
-def published_name(folder: Path) -> str | None:
-    """Of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT, whose own name is the commit's."""
+def repository_of(folder: Path) -> str | None:
+    """OWNER/NAME of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
-    return repository.rpartition("--")[2]
+    return repository.removeprefix("models--").replace("--", "/", 1)
+
+
+def published_name(folder: Path) -> str | None:
+    """Of such a snapshot, whose own name is the commit's."""
+    repository = repository_of(folder)
+    return None if repository is None else repository.rpartition("/")[2]
 
 
 def _download(hub_id: str) -> Path:
