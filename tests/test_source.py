@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 import struct
 import subprocess
@@ -556,6 +557,12 @@ def test_nothing_is_logged_unless_asked(qwen3: Path, capfd: pytest.CaptureFixtur
     open_source(qwen3)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_what_is_asked_for_is_logged(qwen3: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        open_source(qwen3)
+    assert any("blk.0.attn_q.weight" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_next"])

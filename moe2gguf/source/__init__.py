@@ -125,7 +125,6 @@ def open_source(
     pre_tokenizer: str | None = None,
     model_name: str | None = None,
     metadata_file: Path | None = None,
-    verbose: bool = False,
 ) -> Source:
     """Opens a folder, a Hub id or "demo". Every tensor stays unread until its `load`.
 
@@ -141,7 +140,6 @@ def open_source(
         pre_tokenizer=pre_tokenizer,
         model_name=model_name,
         metadata_file=metadata_file,
-        verbose=verbose,
     )
     writer = converted.gguf_writer
     kv = tuple(KeyValue(key, v.value, v.type, v.sub_type) for key, v in writer.kv_data[0].items())

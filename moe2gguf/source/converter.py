@@ -44,13 +44,12 @@ def convert_lazily(
     pre_tokenizer: str | None,
     model_name: str | None,
     metadata_file: Path | None,
-    verbose: bool,
 ) -> Any:
     """A ModelBase of the converter whose gguf_writer has recorded everything that it would write.
 
     Raises SourceError if architecture or tokenizer are unknown or the converter rejects the checkpoint.
     """
-    with _quiet(verbose), torch.inference_mode():
+    with _quiet(), torch.inference_mode():
         conversion = _import_conversion()
         model_class = _model_class(conversion, folder)
         if pre_tokenizer is not None and pre_tokenizer not in known_pre_tokenizers(model_class):
@@ -208,9 +207,9 @@ def _unknown_pre_tokenizer(problem: str, model_class: Any) -> SourceError:
 
 
 @contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    """Keeps the converter and transformers from logging a line per tensor."""
-    if verbose:
+def _quiet() -> Iterator[None]:
+    """Keeps the converter and transformers from logging a line per tensor, unless that is asked for."""
+    if logging.getLogger().isEnabledFor(logging.INFO):
         yield
         return
     loggers = [logging.getLogger(name) for name in CONVERTER_LOGGERS]
