@@ -95,7 +95,6 @@ APART = {
     "bench.py",
     "card.py",
     "child.py",
-    "cli.py",
     "demo.py",
     "plot.py",
     "record.py",
@@ -284,7 +283,7 @@ class _Bench:
         def work() -> dict[str, Any]:
             self.progress("llama-imatrix", 0, 0)
             done = importance_matrix(self.base, text, self.imatrix, self.request.n_threads, n_ctx=n_ctx)
-            words = ["llama-imatrix", "-m", self.base, "-f", text, "-o", self.imatrix, "-c", n_ctx]
+            words = ["llama-imatrix", "-m", self.base, "-f", text, "-o", self.imatrix, "-c", n_ctx, "--process-output"]
             return _cost(self._shown(*words), done)
 
         inputs = self._inputs(self.referee, base=self.base, text=text, n_ctx=n_ctx)

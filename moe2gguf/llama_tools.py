@@ -67,8 +67,8 @@ def run_tool(
 
 
 def importance_matrix(base: Path, text: Path, outfile: Path, n_threads: int, *, n_ctx: int = 512) -> Finished:
-    """Of the text in chunks of n_ctx tokens."""
-    arguments = ["-m", base, "-f", text, "-o", outfile, "-c", n_ctx, "-t", n_threads]
+    """Of the text in chunks of n_ctx tokens, of the output matrix too, which without being asked it leaves out."""
+    arguments = ["-m", base, "-f", text, "-o", outfile, "-c", n_ctx, "-t", n_threads, "--process-output"]
     return run_tool("llama-imatrix", arguments, outfile.parent)
 
 

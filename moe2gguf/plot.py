@@ -118,7 +118,7 @@ def plot_experts(bits_LE: np.ndarray, share_LE: np.ndarray, layers: Sequence[int
                 np.ma.masked_invalid(values), cmap=colours, aspect="auto", interpolation="nearest",
                 vmin=None if colours == "YlGnBu" else 0,
             )  # fmt: skip
-            _ticks(axes, n_experts, n_layers, layers[0])
+            _ticks(axes, n_experts, layers)
             axes.set_xlabel("checkpoint expert")
             figure.colorbar(image, ax=axes, location="top", label=label, aspect=30)
         panels[0].set_ylabel("layer")
@@ -222,7 +222,7 @@ def draw_bits(report: FileReport) -> Figure:
             aspect="auto",
             interpolation="nearest",
         )
-        _ticks(axes, n_experts, n_rows, first)
+        _ticks(axes, n_experts, range(first, first + n_rows))
         axes.set_title(label, loc="left", fontsize=9, fontweight="bold", pad=3)
         if number % columns == 0:
             axes.set_ylabel("layer")
@@ -258,12 +258,14 @@ def _row(layer: Layer, name: str, n_experts: int, index_of: dict[gguf.GGMLQuanti
     return row
 
 
-def _ticks(axes, n_experts: int, n_rows: int, first: int) -> None:
+def _ticks(axes, n_experts: int, layers: Sequence[int]) -> None:
+    """layers: of the rows, whose neighbours may be further apart."""
+    n_rows = len(layers)
     step_x = next(s for s in (1, 2, 4, 8, 16, 32, 64) if n_experts / s <= 20 or s == 64)
     step_y = next(s for s in (1, 2, 4, 8, 16, 32) if n_rows / s <= 14 or s == 32)
     axes.set_xticks(np.arange(0, n_experts, step_x))
-    ticks_y = np.arange(-first % step_y, n_rows, step_y)
-    axes.set_yticks(ticks_y, first + ticks_y)
+    ticks_y = np.arange(-layers[0] % step_y if n_rows > step_y else 0, n_rows, step_y)
+    axes.set_yticks(ticks_y, [layers[int(y)] for y in ticks_y])
     # thin white lines between the cells, drawn as minor grid
     axes.set_xticks(np.arange(0.5, n_experts - 1), minor=True)
     axes.set_yticks(np.arange(0.5, n_rows - 1), minor=True)

@@ -368,6 +368,8 @@ def _ratios(record: Record) -> str:
     sentences = []
     for budget in record.budgets:
         by_method = {row.method: _measured(row).kld_mean for row in record.of_budget(budget)}
+        if "grouped" not in by_method:  # out of its reach
+            continue
         peers = [f"{by_method['grouped'] / by_method['preset']:.2f} times its KL divergence"]
         if "search" in by_method:
             peers.append(f"{by_method['grouped'] / by_method['search']:.2f} times that of types searched per tensor")

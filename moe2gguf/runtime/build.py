@@ -23,13 +23,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import RuntimeMissing
+from moe2gguf.llama import available_cores
 from moe2gguf.runtime.process import UNTESTABLE, run_logged
 from moe2gguf.runtime.toolchain import GPU_BACKENDS, NO_AMX_FLAGS, GpuBackend, Toolchain, amx_works, find_toolchain
 from moe2gguf.runtime.upstream import Upstream, apply_series, fetch_sdist, read_upstream, unpack
@@ -56,6 +57,9 @@ _BUILD_REQUIREMENTS = ("scikit-build-core[pyproject]==1.1.2", "poetry-core==2.5.
 
 _NEEDED_BYTES = 3 * 1000**3  # a build takes about 1.2 GB: sources, objects, libraries in the wheel
 _NEEDED_BYTES_MORE = {"cuda": 5 * 1000**3, "vulkan": 2 * 1000**3}  # kernels for every type; shaders as C++ arrays
+
+# of the larger files, CUDA's among them
+_COMPILER_BYTES = 2 << 30
 
 _NINJA_STEP = re.compile(r"^\s*\[(\d+)/(\d+)\] ")
 
@@ -188,20 +192,29 @@ def build(
     except OSError as error:
         raise RuntimeMissing(f"cannot write the cache folder {cache}: {error.strerror}; set XDG_CACHE_HOME") from error
 
+    jobs = jobs or _n_compilers(env)
     with _lock(cache / "build.lock", progress):
         amx = not toolchain.uses_amx or _amx_usable(toolchain, cache, progress)
         info = describe(upstream, toolchain, env, amx=amx, gpus=found_gpus)
         if not (build_path(info.key) / "runtime.json").is_file():
             try:
-                _make(info, upstream, env, jobs or os.cpu_count() or 1, progress)
+                _make(info, upstream, env, jobs, progress)
             except _Trapped as trap:
                 if not (toolchain.uses_amx and amx):
                     raise RuntimeMissing(str(trap)) from None
                 progress("the library dies using AMX, building again without it", 0, 0)
                 _remember_amx(toolchain, cache, usable=False)
                 info = describe(upstream, toolchain, env, amx=False, gpus=found_gpus)
-                _make(info, upstream, env, jobs or os.cpu_count() or 1, progress)
+                _make(info, upstream, env, jobs, progress)
         return load_build(build_path(info.key))
+
+
+def _n_compilers(env: Mapping[str, str]) -> int:
+    """What the user tells CMake, else one for each core that this process may use and has memory for."""
+    if (said := env.get("CMAKE_BUILD_PARALLEL_LEVEL", "")).isdecimal() and int(said):
+        return int(said)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(available_cores(), memory_bytes // _COMPILER_BYTES))
 
 
 class _Trapped(Exception):
@@ -252,6 +265,7 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
     log.write_text(info_to_json(info))
 
     env = {**env, **info.environment, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "CCACHE_BASEDIR": str(work)}
+    env["PIP_USER"] = "0"  # which does not go with --target
     progress("preparing the build tools", 0, 0)
     env = with_build_tools(env, cache, log)
     progress(f"fetching {upstream.sdist_name}", 0, 0)
@@ -323,7 +337,8 @@ def _make(info: BuildInfo, upstream: Upstream, env: dict[str, str], jobs: int, p
 
 def with_build_tools(env: dict[str, str], cache: Path, log: Path) -> dict[str, str]:
     """ENV with the pinned build backends on PYTHONPATH, and CMake and Ninja on PATH where the machine lacks them."""
-    requirements = [*_BUILD_REQUIREMENTS]
+    # distributions' pip may not know --config-settings
+    requirements = ["pip>=23.1", *_BUILD_REQUIREMENTS]
     requirements += [name for name in ("cmake", "ninja") if shutil.which(name, path=env.get("PATH")) is None]
     digest = hashlib.sha256(" ".join([sys.version, *requirements]).encode()).hexdigest()[:8]
     folder = cache / f"build-tools-{digest}"

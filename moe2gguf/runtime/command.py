@@ -132,11 +132,16 @@ def build(jobs: int | None, **flags: bool) -> None:
 
 @runtime.command()
 @_gpus
+@click.option("--cpu", is_flag=True, help="Without the backends that the installed library has for graphics cards.")
 @_jobs
-def install(jobs: int | None, **flags: bool) -> None:
-    """Build unless cached, and install into this Python environment."""
+def install(jobs: int | None, cpu: bool, **flags: bool) -> None:
+    """Build unless cached, and install into this Python environment, with the backends that are installed already where
+    none is named."""
+    gpus = _chosen(flags)
+    if not gpus and not cpu and (present := api.status().installed) is not None:
+        gpus = [name for name in present.gpu_backends if name in GPU_BACKENDS]
     with _progress() as progress:
-        installed = api.install(gpus=_chosen(flags), jobs=jobs, progress=progress)
+        installed = api.install(gpus=gpus, jobs=jobs, progress=progress)
     click.echo(f"llama_cpp_python {installed.version} is installed; `moe2gguf runtime check` tests it")
 
 
@@ -146,11 +151,17 @@ def check() -> None:
     found = api.find_runtime()
     for line in api.check().splitlines():
         click.echo(line)
+    present, devices = api.status().installed, api.find_devices(found)
+    if present is not None and present.gpu_backends and all(device.name.startswith("CPU") for device in devices):
+        raise RuntimeMissing(
+            f"llama_cpp_python {found.version} is built for {_backends(present)} and finds no graphics card: check the "
+            "driver (nvidia-smi, vulkaninfo), and what a container is given (--gpus all)"
+        )
     program = found.tools / "test-backend-ops"
     results = []
     if program.is_file():
         with _progress() as progress:
-            for device in api.find_devices(found):
+            for device in devices:
                 for op in OPS:
                     results.append(_check_op(program, device.name, op, progress))
         _print_results(results)

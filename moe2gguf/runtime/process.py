@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ UNTESTABLE = 4  # exit code of the smoke test where a driver the library needs i
 _CAUSES = (
     ("No space left on device", "the disk is full: free some GB, or point XDG_CACHE_HOME to a larger disk"),
     ("externally-managed-environment", "this Python belongs to the operating system: use a virtual environment"),
-    ("No module named pip", "this Python environment has no pip: run `python -m ensurepip`"),
+    ("No module named pip", f"this Python environment has no pip: run `{sys.executable} -m ensurepip`"),
     ("DO NOT MATCH THE HASHES", "the download is not the pinned file: check the package index pip is configured for"),
     ("Temporary failure in name resolution", "there is no network: connect, or point pip to a local index"),
     ("Failed to establish a new connection", "there is no network: connect, or point pip to a local index"),
@@ -24,6 +25,9 @@ _CAUSES = (
     ("No matching distribution found", "the package index does not have it: check the network and pip's configuration"),
     ("Permission denied", "a folder cannot be written: check the permissions named in the log"),
     ("Killed signal terminated program", "the compiler ran out of memory: try a smaller --jobs"),
+    ("died due to signal 9", "the compiler ran out of memory: try a smaller --jobs"),
+    ("Unsupported gpu architecture", "nvcc is too old, or too new, for this GPU: install another CUDA toolkit"),
+    ("Disk quota exceeded", "the disk is full: free some GB, or point XDG_CACHE_HOME to a larger disk"),
 )
 
 

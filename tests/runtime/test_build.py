@@ -219,3 +219,14 @@ def test_a_second_build_waits(tmp_path) -> None:
         first.stdin.close()
         second.stdin.close()
         assert first.wait() == second.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "cores", "memory_gb", "wanted"),
+    [(None, 32, 256, 32), (None, 32, 32, 16), (None, 4, 1, 1), ("3", 32, 256, 3), ("0", 8, 64, 8), ("many", 8, 64, 8)],
+)
+def test_as_many_compilers_as_there_is_memory_for(monkeypatch, said, cores: int, memory_gb: int, wanted: int) -> None:
+    monkeypatch.setattr(build_module, "available_cores", lambda: cores)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory_gb * 2**30 // 4096}
+    monkeypatch.setattr(build_module.os, "sysconf", pages.__getitem__)
+    assert build_module._n_compilers({} if said is None else {"CMAKE_BUILD_PARALLEL_LEVEL": said}) == wanted

@@ -12,7 +12,7 @@ from moe2gguf import runtime as api
 from moe2gguf.cli import main
 from moe2gguf.errors import RuntimeMissing
 from moe2gguf.runtime import Device, Runtime
-from moe2gguf.runtime.build import Build, describe
+from moe2gguf.runtime.build import Build, BuildInfo, describe
 from moe2gguf.runtime.installation import Status
 from moe2gguf.runtime.ops_check import check_op
 from moe2gguf.runtime.toolchain import GpuBackend, Toolchain
@@ -97,6 +97,43 @@ def test_check_of_a_runtime_without_the_tool(installed) -> None:
     result = CliRunner().invoke(main, ["runtime", "check"])
     assert result.exit_code == 0
     assert "test-backend-ops is not in" in result.stderr
+
+
+def described(*names: str) -> BuildInfo:
+    gpus = [GpuBackend(name, name, ()) for name in names]
+    return describe(read_upstream(), Toolchain("cc", "c++", ("cc 12", "c++ 12"), ""), {}, amx=True, gpus=gpus)
+
+
+@pytest.mark.parametrize("device", [Device("CPU", "a processor", 2**34), Device("Vulkan0", "a card", 2**33)])
+def test_check_of_a_backend_without_a_card(installed, monkeypatch, device: Device) -> None:
+    """As where the driver is older than CUDA, or a container is given no GPU: the library works, but not on one."""
+    info = described("vulkan")
+    monkeypatch.setattr(api, "status", lambda: Status("1", "0" * 64, "1", "0.1", info, Path("/package"), ()))
+    monkeypatch.setattr(api, "find_devices", lambda runtime: [device])
+    result = CliRunner().invoke(main, ["runtime", "check"])
+    assert result.exit_code == (device.name == "CPU")
+    if device.name == "CPU":
+        assert "is built for CPU, Vulkan and finds no graphics card: check the driver" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("present", "options", "wanted"),
+    [((), [], []), (("cuda",), [], ["cuda"]), (("cuda",), ["--vulkan"], ["vulkan"]), (("cuda",), ["--cpu"], [])],
+)
+def test_backends_that_are_installed_stay(
+    monkeypatch, tmp_path, present: tuple[str, ...], options: list[str], wanted: list[str]
+) -> None:
+    """Whoever does what an error says, `moe2gguf runtime install`, loses none."""
+    info = described(*present)
+    monkeypatch.setattr(api, "status", lambda: Status("1", "0" * 64, "1", "0.1", info, Path("/package"), ()))
+    asked: list[list[str]] = []
+
+    def install(*, gpus: list[str], **_: object) -> Runtime:
+        asked.append(gpus)
+        return Runtime("1", tmp_path, tmp_path, tmp_path)
+
+    monkeypatch.setattr(api, "install", install)
+    assert CliRunner().invoke(main, ["runtime", "install", *options]).exit_code == 0 and asked == [wanted]
 
 
 def test_status_says_what_matches(monkeypatch, installed) -> None:
