@@ -352,8 +352,7 @@ class _LayerWork:
         plain = self._ggml(sample, types, _importance(experts, most))
         ggml_error = {key: inputs.error(key[1], sample[key], plain[key][1]) for key in weights}
         best_error, best_damping = dict(ggml_error), dict.fromkeys(weights, None)
-        # what ggml loses nothing of needs no feedback
-        with_codec = {key for key in weights if types[key] in CODECS and ggml_error[key] > 0}
+        with_codec = {key for key in weights if types[key] in CODECS}
         for damping in DAMPINGS:
             tried = self._feedback(
                 {key: sample[key] for key in weights if key in with_codec}, types, experts, most,

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from moe2gguf import speeds
 from moe2gguf.cli import main
-from moe2gguf.costs import CANDIDATES, cost_table
+from moe2gguf.costs import CANDIDATES, NATIVE, cost_table
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.pipeline import Choice, convert
@@ -33,7 +33,7 @@ def test_every_type_is_timed_and_more_work_takes_longer(asked: Conditions, monke
     said: list[int] = []
     small = measure(asked, lambda _, done, total: said.append(done))
     assert said == [0, 1, 2, 3]
-    assert {*small.seconds_per_byte} == {*CANDIDATES}
+    assert {*small.seconds_per_byte} == {*CANDIDATES, NATIVE}
     assert all(1e-12 < seconds < 1e-6 for seconds in small.seconds_per_byte.values())
     # per byte 16 times the rows are no slower; a program that forgot to compute them would be 16 times as fast
     large = measure(dataclasses.replace(asked, n_rows=16 * asked.n_rows), lambda *_: None)
@@ -101,10 +101,10 @@ def test_experts_count_as_often_as_they_are_selected(source: Source, stats: Cali
     experts = [u for u, unit in enumerate(table.units) if (unit.layer, unit.projection) == (0, "down")]
     assert found.seconds_UJ[experts].sum(0) == pytest.approx(source.n_expert_used * table.bytes_UJ[experts[0]])
     # where the embedding is the output matrix too, it is multiplied with
-    tied = dataclasses.replace(table, units=tuple(dataclasses.replace(u, role="shared") if u.role == "output" else u
-                                                  for u in table.units))  # fmt: skip
-    found = with_seconds(tied, Speeds(conditions(source, 1), dict.fromkeys(CANDIDATES, 1.0)), stats)
     embedding = next(u for u, unit in enumerate(table.units) if unit.role == "embedding")
+    tied = dataclasses.replace(table, units=tuple(dataclasses.replace(unit, role="output") if u == embedding else unit
+                                                  for u, unit in enumerate(table.units)))  # fmt: skip
+    found = with_seconds(tied, Speeds(conditions(source, 1), dict.fromkeys(CANDIDATES, 1.0)), stats)
     assert found.seconds_UJ is not None and found.seconds_UJ[embedding] == pytest.approx(table.bytes_UJ[embedding])
 
 
@@ -129,7 +129,7 @@ def test_a_conversion_and_its_replay(
         assert f"predicted decoding: {allocation.decode_seconds * 1e3:.3g} ms per token" in result.output
         written = json.loads(allocation.recipe)
         assert written["objective"] == "speed" and written["speeds"]["seconds_per_byte"].keys() == {
-            t.name for t in CANDIDATES
+            t.name for t in (*CANDIDATES, NATIVE)
         }
         plan = CliRunner().invoke(main, ["convert", *base, *shape[:-1], "--objective", "speed", "--dry-run"])
         assert plan.exit_code == 0 and "ms per token in matrix products" in plan.output
