@@ -244,13 +244,14 @@ class _Comparison:
 
     def _compare_whole(self, weights: np.ndarray, part: GgufTensor) -> None:
         decoded = self._decode(part, part.blocks())
-        if decoded is not None:
-            self._judge(
-                part,
-                None,
-                _relative_error(weights, decoded.reshape(weights.shape)),
-                bool(np.isfinite(decoded).all()),
-            )
+        if decoded is None:
+            return
+        decoded = decoded.reshape(weights.shape)
+        self._judge(part, None, _relative_error(weights, decoded), bool(np.isfinite(decoded).all()))
+        if self._least_limit and weights.ndim == 2:
+            # a router that is fitted: two rows in each other's place are little of its error
+            for row, other in _misplaced_rows(weights, decoded):
+                self.problems.append(f"{part.name} has row {other} of the checkpoint's in the place of row {row}")
 
     def _compare_experts(
         self,
@@ -317,6 +318,17 @@ class _Comparison:
         elif error > limit:
             allowed = f"{part.type.name} has at most {limit:.2g}" if limit else "F32 must be exact"
             self.problems.append(f"{which} is off by {error:.3g} (relative RMS error), {allowed}")
+
+
+def _misplaced_rows(weight_EK: np.ndarray, decoded_EK: np.ndarray) -> list[tuple[int, int]]:
+    """Rows that are nearer to another one of the checkpoint's, in the file's order, and to which."""
+    weight_EK, decoded_EK = weight_EK.astype(np.float64), decoded_EK.astype(np.float64)
+    square_EE = np.square(weight_EK).sum(1) - 2 * decoded_EK @ weight_EK.T
+    square_EE += np.square(decoded_EK).sum(1, keepdims=True)
+    nearest_E = square_EE.argmin(1)
+    rows_E = np.arange(len(weight_EK))
+    is_misplaced_E = square_EE[rows_E, rows_E] > _TIE * square_EE[rows_E, nearest_E]
+    return [(int(row), int(nearest_E[row])) for row in rows_E[is_misplaced_E]]
 
 
 def _relative_error(weights: np.ndarray, decoded: np.ndarray) -> float:

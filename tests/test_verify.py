@@ -115,6 +115,20 @@ def test_a_wrong_order_in_the_router_alone(tmp_path):
     assert problem.startswith("blk.2.ffn_gate_inp.weight is off by") and problem.endswith("F32 must be exact")
 
 
+def test_two_rows_of_a_fitted_router_in_each_others_place(tmp_path):
+    """Alike as they are, that is little of the router's error, which being fitted it may have."""
+    weights, rng = random_weights(), np.random.default_rng(0)
+    router_ED = weights["blk.2.ffn_gate_inp.weight"]
+    router_ED[4] = router_ED[5] + 0.3 * rng.standard_normal(router_ED.shape[1]).astype(np.float32)
+    source = source_of(weights, tmp_path)
+    extra_kv = {"moe2gguf.router_calibrated": [False, False, True]}
+    for order, n_problems in (([0, 1, 2, 3, 4, 5], 0), ([0, 1, 2, 3, 5, 4], 2)):
+        fitted_ED = (router_ED * 1.02)[order] + 0.01 * rng.standard_normal(router_ED.shape).astype(np.float32)
+        in_file = weights | {"blk.2.ffn_gate_inp.weight": fitted_ED.astype(np.float32)}
+        problems = verify_file(write_moe(tmp_path / "file.gguf", in_file, extra_kv=extra_kv), source).problems
+        assert len(problems) == n_problems and all("of the checkpoint's in the place of row" in p for p in problems)
+
+
 def test_one_projection_in_another_order(tmp_path):
     weights = random_weights()
     weights["blk.0.ffn_down_exps.weight"] = weights["blk.0.ffn_down_exps.weight"][[1, 0, 2, 3, 4, 5]]
