@@ -427,7 +427,7 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
     from moe2gguf import pipeline
     from moe2gguf.allocate import describe_speed
     from moe2gguf.plan import make_plan, render_plan
-    from moe2gguf.recipe import load_recipe, save_recipe
+    from moe2gguf.recipe import load_recipe
 
     recipe = load_recipe(recipe_path) if recipe_path is not None and recipe_path.exists() else None
     if recipe is not None:
@@ -482,6 +482,7 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
             prune_share=options["prune_share"],
             recipe=recipe,
+            recipe_path=recipe_path,
             work_folder=options["work_folder"],
             resume=options["resume"],
             split_max_bytes=options["split_max_size"],
@@ -504,7 +505,6 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
     for path in result.paths:
         click.echo(f"{path}  {path.stat().st_size:,} bytes")
     if recipe_path is not None and recipe is None:
-        save_recipe(result.recipe, recipe_path)
         click.echo(recipe_path)
 
 

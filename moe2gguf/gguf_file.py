@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType as ValueType
 
+from moe2gguf.alone import alone_in
 from moe2gguf.errors import OutputError
 from moe2gguf.ggml import QuantType
 from moe2gguf.quantize import FilePlan, TensorPlan
@@ -88,15 +89,28 @@ def write_gguf(
                 writer.write_tensor_data(blocks.view(_Blocks))
         finally:
             writer.close()
+        files = sorted(aside.iterdir())
+        for file in (*files, aside):
+            _sync(file)
+        # the first shard comes last: until it is there, a conversion that is cut off has left nothing to be in the way
+        for file in reversed(files):
+            os.replace(file, target.path.parent / file.name)
+        written = [target.path.parent / file.name for file in files]
         if target.overwrite:
             for old in (target.path, *target.path.parent.glob(f"{escape(target.path.stem)}-0*-of-0*.gguf")):
-                old.unlink(missing_ok=True)
-        written = []
-        # the first shard comes last: until it is there, a conversion that is cut off has left nothing to be in the way
-        for file in sorted(aside.iterdir(), reverse=True):
-            os.replace(file, target.path.parent / file.name)
-            written.append(target.path.parent / file.name)
-        return written[::-1]
+                if old not in written:
+                    old.unlink(missing_ok=True)
+        _sync(target.path.parent)
+        return written
+
+
+def _sync(path: Path) -> None:
+    """To the disk: what it was made of is removed next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_bytes(source: Source, plan: FilePlan, extra_kv: KeyValues) -> int:
@@ -165,12 +179,14 @@ def _aside(path: Path) -> Iterator[Path]:
     """A folder beside the target for the work in progress, gone afterwards; disk errors get a sentence."""
     folder = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # by a run that was killed
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        with alone_in(folder):
+            for left in folder.iterdir():  # by a run that was killed
+                left.unlink()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG):
             raise

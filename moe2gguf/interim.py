@@ -61,11 +61,13 @@ class Interim:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         save_stats(stats(), aside / "stats.safetensors")
-        names = []
+        names, sizes = [], []
         for i, (name, state_SLD) in enumerate(streams):
             names.append(name)
+            sizes.append(state_SLD.nbytes)
             write(aside / f"{i}.f32", state_SLD)
-        (aside / "interim.json").write_text(json.dumps({"random_state": random_state, "streams": names}))
+        saved = {"random_state": random_state, "streams": names, "bytes": sizes}
+        (aside / "interim.json").write_text(json.dumps(saved))
         others = [*_folders(self._work_folder)]
         shutil.rmtree(folder, ignore_errors=True)  # of another request
         os.replace(aside, folder)
@@ -83,6 +85,9 @@ class Interim:
                 passed = Passed(
                     folder, int(folder.name.removeprefix(PREFIX)), stats, saved["random_state"], tuple(saved["streams"])
                 )
+                for i, n_bytes in enumerate(saved["bytes"]):
+                    if (folder / f"{i}.f32").stat().st_size != n_bytes:
+                        raise ValueError  # the computer stopped before they were on the disk
             except (Moe2ggufError, OSError, ValueError, KeyError):
                 continue
             if _asked(stats) == _asked(wanted):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +20,7 @@ import torch
 from moe2gguf import __version__
 from moe2gguf.allocate import MAX_GROUPS, Allocation, allocate_fast
 from moe2gguf.allocators import ALLOCATORS
+from moe2gguf.alone import alone_in
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.costs import CANDIDATES, CostTable, cost_table, module_names, source_digest
 from moe2gguf.dtypes import DTYPES, settled
@@ -35,7 +37,7 @@ from moe2gguf.llama import available_cores
 from moe2gguf.provenance import changed_values, provenance
 from moe2gguf.prune import n_kept, prune, pruned_folder, shrunk
 from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors, plan_file, plan_uniform
-from moe2gguf.recipe import Recipe
+from moe2gguf.recipe import Recipe, save_recipe
 from moe2gguf.router import calibrate_routers
 from moe2gguf.router import describe as describe_routers
 from moe2gguf.sample import kv_bytes_per_token, sample_text, writer_type
@@ -65,6 +67,7 @@ LEFT_TO_RESUME = (
     "text.safetensors",
     READABLE_TEXT,
     "stats.safetensors",
+    "sampling.gguf",
     f"{INTERIM_PREFIX}*",
     "experts-*",
     "pruned-*",
@@ -110,6 +113,7 @@ def convert(
     skipping: Skipping = NO_SKIPPING,
     prune_share: float = 0.0,
     recipe: Recipe | None = None,
+    recipe_path: Path | None = None,
     work_folder: Path | None = None,
     resume: bool = True,
     split_max_bytes: int = 0,
@@ -123,7 +127,8 @@ def convert(
     note: Note = no_note,
 ) -> ConvertResult:
     """A checkpoint to a GGUF within the budget. What an earlier run left in work_folder is used again if it fits, or
-    with resume=False removed. A recipe decides everything else but the device and where its text lies."""
+    with resume=False removed. A recipe decides everything else but the device and where its text lies; without one it
+    is saved at recipe_path, where that is given."""
     threads = n_threads or available_cores()
     calibration = calibration or Calibration()
     if recipe is not None:
@@ -173,9 +178,16 @@ def convert(
             note(another)
         allocation, plan = recipe.allocation, plan_file(source, table, recipe.allocation, stats)
     extra_kv = provenance(source, stats, allocation, quantizer, skipping)
-    paths, outcomes = _quantised(source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note)
-    recipe = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
-    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / READABLE_TEXT, recipe)
+    replay = Recipe(source.name, calibration, stats.digest, quantizer, skipping, prune_share, allocation)
+
+    def save() -> None:
+        if recipe_path is not None and recipe is None:
+            save_recipe(replay, recipe_path)
+
+    paths, outcomes = _quantised(
+        source, stats, plan, quantizer, extra_kv, target, work, threads, progress, note, before_removal=save
+    )
+    return ConvertResult(paths, allocation, outcomes, work / "stats.safetensors", work / READABLE_TEXT, replay)
 
 
 def write_allocation(
@@ -228,8 +240,10 @@ def _quantised(
     n_threads: int,
     progress: Progress,
     note: Note,
+    before_removal: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Path, ...], tuple[Outcome, ...]]:
-    """Experts first, layer by layer, then the file, tensor by tensor."""
+    """Experts first, layer by layer, then the file, tensor by tensor. `before_removal`: of what it could be made again
+    from."""
     for rule, where in (("skip", ""), ("skip_prompt", " in prompts")):
         if f"moe2gguf.{rule}.share" in extra_kv:
             share, kl = (extra_kv[f"moe2gguf.{rule}.{name}"][0] for name in ("share", "kld.predicted"))
@@ -237,7 +251,9 @@ def _quantised(
             if not plan.is_grouped:
                 note("it takes the patched runtime to leave them out; others run the file and compute all")
     if not quantizer.feedback:
-        return tuple(_write(source, plan, extra_kv, target, n_threads, progress)), ()
+        paths = _write(source, plan, extra_kv, target, n_threads, progress)
+        before_removal()
+        return tuple(paths), ()
     types = plan.expert_types(stats.layers)
     modules = module_names(source, stats)
     matrices = {
@@ -245,7 +261,32 @@ def _quantised(
         for tensor in plan.tensors
         if tensor.name in modules and tensor.quant_type in CANDIDATES
     }
-    spool = spool_for(work, stats, quantizer, types, matrices)
+    spool = spool_for(source, work, stats, quantizer, types, matrices)
+    spool.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(spool.folder):
+        changed = _fill(source, stats, spool, types, matrices, modules, quantizer, n_threads, progress, note)
+        outcomes = tuple(spool.outcomes())
+        extra_kv = extra_kv | changed_values(source, quantizer, changed)
+        paths = _write(source, plan, extra_kv, target, n_threads, progress, spool, modules)
+        before_removal()
+        spool.remove()
+    return tuple(paths), outcomes
+
+
+def _fill(
+    source: Source,
+    stats: CalibrationStats,
+    spool: Spool,
+    types: Types,
+    matrices: Matrices,
+    modules: Mapping[str, str],
+    quantizer: Quantizer,
+    n_threads: int,
+    progress: Progress,
+    note: Note,
+) -> set[str]:
+    """Experts and matrices beside them, then routers, norms and scales: the names of tensors that are not the
+    checkpoint's."""
     stream = LayerStream(source.path, DTYPES[stats.dtype], quantizer.device)
     encode_experts(
         stream,
@@ -261,8 +302,7 @@ def _quantised(
         embedding_moments_2DD=stats.embedding_moments_2DD if "lm_head" in modules.values() else None,
         output_moments=stats.output_moments,
     )
-    outcomes = tuple(spool.outcomes())
-    note(describe(outcomes))
+    note(describe(spool.outcomes()))
     changed: set[str] = set()
     if quantizer.router != "none":
         calibrate_routers(
@@ -297,10 +337,7 @@ def _quantised(
         assert tuned is not None
         note(describe_tuned(tuned))
         changed |= tuned.weights.keys()
-    extra_kv = extra_kv | changed_values(source, quantizer, changed)
-    paths = _write(source, plan, extra_kv, target, n_threads, progress, spool, modules)
-    spool.remove()
-    return tuple(paths), outcomes
+    return changed
 
 
 def _as_in_the_model(tensor: TensorPlan) -> Matrix:
@@ -311,12 +348,16 @@ def _as_in_the_model(tensor: TensorPlan) -> Matrix:
     return Matrix(tensor.quant_type, importance_K, columns_K is None)
 
 
-def spool_for(work: Path, stats: CalibrationStats, quantizer: Quantizer, types: Types, matrices: Matrices) -> Spool:
+def spool_for(
+    source: Source, work: Path, stats: CalibrationStats, quantizer: Quantizer, types: Types, matrices: Matrices
+) -> Spool:
     """Of its own for all that its bytes depend on."""
     recipe = [
         __version__,
         SPOOL_FORMAT,
         stats.request,
+        stats.digest,
+        checkpoint_identity(source),
         quantizer.affinity,
         quantizer.device.type,
         quantizer.router,
@@ -355,16 +396,40 @@ def calibrated(
     """The statistics in `work` if they answer the same request, else new ones, saved there. `text` is asked for the
     calibration text where another model is to write it."""
     calibration, path = settled(calibration, source, device), work / "stats.safetensors"
-    if (stats := statistics_at_hand(source, calibration, work)) is not None:
-        note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
-        remove_interim(work)  # there where the run that saved them was killed just then
-        return stats
-    if path.exists():
-        note(f"the statistics in {path} answer another request: calibrating anew")
+    request = request_digest(source, calibration)  # of the text before it is read
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the work folder {work}: {error.strerror}; choose another --work") from error
+
+    def at_hand() -> CalibrationStats | None:
+        if (stats := statistics_at_hand(source, calibration, work)) is not None:
+            note(f"using the statistics in {path} ({stats.n_tokens:,} tokens of {stats.text})")
+        return stats
+
+    if (stats := at_hand()) is not None:
+        with suppress(Moe2ggufError), alone_in(work):
+            remove_interim(work)  # there where the run that saved them was killed just then
+        return stats
+    with alone_in(work, lambda: note(f"another run calibrates in {work}: waiting for it")):
+        if (stats := at_hand()) is None:
+            stats = _calibrated(source, calibration, request, work, n_threads, device, text, progress, note)
+    return stats
+
+
+def _calibrated(
+    source: Source,
+    calibration: Calibration,
+    request: str,
+    work: Path,
+    n_threads: int,
+    device: torch.device,
+    text: Callable[[], CalibrationText] | None,
+    progress: Progress,
+    note: Note,
+) -> CalibrationStats:
+    if (path := work / "stats.safetensors").exists():
+        note(f"the statistics in {path} answer another request: calibrating anew")
     remove_left_behind(work)
     found = (text or text_of(source, calibration, work, n_threads, device, progress, note))()
     tokenizer = load_tokenizer(source.path)
@@ -377,7 +442,7 @@ def calibrated(
         found,
         CANDIDATES,
         source_sha256=source_digest(source),
-        request=request_digest(source, calibration),
+        request=request,
         n_probe_tokens=calibration.n_probe_tokens,
         sensitivity=calibration.sensitivity,
         n_threads=n_threads,
@@ -534,12 +599,15 @@ def work_folder_for(source: Source, target: Path) -> Path:
 
 def begin_anew(work: Path) -> None:
     """Without what earlier runs left; how fast this machine is stays known."""
-    for pattern in LEFT_TO_RESUME:
-        for path in work.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    if not work.is_dir():
+        return
+    with alone_in(work):
+        for pattern in LEFT_TO_RESUME:
+            for path in work.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def text_of(
@@ -663,9 +731,12 @@ def _write_plain(source: Source, plan: FilePlan, outfile: Path, n_threads: int, 
     return _write(source, plan, {}, target, n_threads, progress)[0]
 
 
+WEIGHTS_AND_WORDS = ("*.safetensors", "tokenizer*", "vocab*", "merges*", "special_tokens*")
+
+
 def checkpoint_identity(source: Source) -> str:
     """Weights and tokenizer count as changed when the size or time of a file is: to read them all takes minutes."""
-    files = sorted(file for pattern in ("*.safetensors", "tokenizer*") for file in source.path.glob(pattern))
+    files = sorted(file for pattern in WEIGHTS_AND_WORDS for file in source.path.glob(pattern))
     return f"{source_digest(source)} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
 
 

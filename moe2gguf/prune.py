@@ -113,7 +113,11 @@ def prune(
             note(f"using the pruned checkpoint {folder}")
             return
         note(f"the pruned checkpoint {folder} answers another request: pruning anew")
-        shutil.rmtree(folder)
+        # a folder that is half removed could not be told from a user's
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,15 +15,27 @@ import torch
 
 from moe2gguf.errors import OutputError
 
-SCRATCH_PREFIX = "streams-"
+SCRATCH_PREFIX = "moe2gguf-streams-"
 
 Key = TypeVar("Key")
 
 
 def remove_left_behind(work_folder: Path) -> None:
-    """By runs that were killed."""
-    for folder in work_folder.glob(f"**/{SCRATCH_PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """By runs that were killed: in the folder, and in those of quantised experts in it."""
+    for place in (work_folder, *work_folder.glob("experts-*")):
+        for folder in place.glob(f"{SCRATCH_PREFIX}*"):
+            if not _is_running(folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def by_sequence(hidden_SLD: torch.Tensor, limit_bytes: int, scratch_folder: Path) -> "States[int]":
@@ -69,7 +81,7 @@ class States(Generic[Key]):
             self._in_memory[key] = state_SLD
             return
         if self._folder is None:
-            self._folder = TemporaryDirectory(dir=self._scratch_folder, prefix=SCRATCH_PREFIX)
+            self._folder = TemporaryDirectory(dir=self._scratch_folder, prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
         path = self._on_disk.setdefault(key, Path(self._folder.name) / f"{len(self._on_disk)}.f32")
         write(path, state_SLD)
 

@@ -26,7 +26,10 @@ class Steps:
         record = self.folder / f"{name}.json"
         wanted = {key: _identity(value) for key, value in sorted(inputs.items())}
         if record.exists() and all(path.exists() for path in outputs):
-            found = json.loads(record.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError:  # the computer stopped before it was on the disk
+                found = {"inputs": None}
             if found["inputs"] == wanted and found["outputs"] == [_identity(path) for path in outputs]:
                 self.n_found += name not in self._seen
                 self._seen.add(name)

@@ -74,6 +74,23 @@ def test_what_is_damaged_is_made_anew(tiny: Callable[..., Path], tmp_path: Path,
     assert_same(calibrated(model, tmp_path, lambda *_: None), whole)
 
 
+def test_streams_that_are_cut_off_are_none(tiny: Callable[..., Path], tmp_path: Path, at_every_layer: None) -> None:
+    """As after a power failure: the names are there, the data are not all."""
+    model = tiny("qwen3_moe", hidden=64, intermediate=32)
+
+    def cut_off(what: str, _done: int, _total: int) -> None:
+        if what == STEPS[1]:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        calibrated(model, tmp_path, cut_off)
+    (left,) = tmp_path.glob(f"{PREFIX}*")
+    (left / "0.f32").write_bytes((left / "0.f32").read_bytes()[:-4])
+    whole = calibrated(model, tmp_path / "whole", lambda *_: None)
+    assert Interim(tmp_path).load(whole) is None
+    assert_same(calibrated(model, tmp_path, lambda *_: None), whole)
+
+
 def test_what_another_request_left_is_not_in_the_way(
     tiny: Callable[..., Path], tmp_path: Path, at_every_layer: None
 ) -> None:

@@ -71,6 +71,29 @@ def test_without_a_recipe_it_is_saved(tiny, small_text: Path, tmp_path: Path) ->
     assert recipe.allocation.tensor_bytes <= 3.9 * recipe.allocation.n_params / 8
 
 
+def test_it_is_saved_while_the_file_could_be_made_again(
+    tiny, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the file is written and before the recipe is, the same command has the layers still."""
+    calibration = Calibration((small_text,), n_sequences=4, sequence_tokens=32, n_probe_tokens=64)
+
+    def converted(path: Path) -> ConvertResult:
+        with cheap_measurements():
+            return convert(
+                tiny("mixtral"), tmp_path / "a.gguf", bits=3.9, calibration=calibration, recipe_path=path,
+                quantizer=Quantizer(router="none", tuning=False), overwrite=True,
+            )  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe2gguf.pipeline.save_recipe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            converted(tmp_path / "recipe.json")
+    written = (tmp_path / "a.gguf").read_bytes()
+    monkeypatch.setattr("moe2gguf.encode_experts._LayerWork", None)  # no layer is quantised again
+    result = converted(tmp_path / "recipe.json")
+    assert result.path.read_bytes() == written and load_recipe(tmp_path / "recipe.json") is not None
+
+
 def test_another_text(made: ConvertResult, tiny, stats: CalibrationStats, small_text: Path, tmp_path: Path) -> None:
     with pytest.raises(Moe2ggufError, match="is another text than the recipe's"):
         made.recipe.check_text(dataclasses.replace(stats, digest="0" * 64))

@@ -1,5 +1,6 @@
 """Hidden states beyond the limit lie on disk, and nobody can tell."""
 
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def test_sequences_of_one_stream_by_themselves(tmp_path: Path) -> None:
 
 def test_what_killed_runs_leave_goes(tmp_path: Path) -> None:
     """In the work folder and in a spool there; nothing else."""
-    for folder in (tmp_path / f"{SCRATCH_PREFIX}1", tmp_path / "experts-1" / f"{SCRATCH_PREFIX}2"):
+    for folder in (tmp_path / f"{SCRATCH_PREFIX}999999999-1", tmp_path / "experts-1" / f"{SCRATCH_PREFIX}999999999-2"):
         folder.mkdir(parents=True)
         (folder / "0.f32").write_bytes(b"1234")
     (tmp_path / "experts-1" / "layer-0").write_bytes(b"")
@@ -65,3 +66,20 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_only_what_is_ours_and_of_no_running_process_is_removed(tmp_path: Path) -> None:
+    """A user's folders stay, whatever they are called and wherever they lie, and so do those of a run beside."""
+    ours = [tmp_path / f"{SCRATCH_PREFIX}999999999-x", tmp_path / f"experts-1/{SCRATCH_PREFIX}999999999-y"]
+    others = [
+        *(tmp_path / "streams-of-water", tmp_path / f"notes/{SCRATCH_PREFIX}999999999-z"),
+        tmp_path / f"{SCRATCH_PREFIX}{os.getpid()}-x",
+    ]
+    for folder in (*ours, *others):
+        (folder / "deep").mkdir(parents=True)
+    remove_left_behind(tmp_path)
+    assert not any(folder.exists() for folder in ours) and all(folder.exists() for folder in others)
+    states = States[str](0, tmp_path)
+    states["a"] = torch.zeros(1, 2, 3)
+    remove_left_behind(tmp_path)
+    assert torch.equal(states["a"], torch.zeros(1, 2, 3))

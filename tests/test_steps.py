@@ -60,6 +60,14 @@ def test_what_fails_is_not_remembered(tmp_path: Path) -> None:
     assert steps.n_found == 0
 
 
+def test_a_record_that_is_cut_off_is_none(tmp_path: Path) -> None:
+    """As after a power failure."""
+    Steps(tmp_path).run("one", {"n": 1}, [], lambda: {"n": 1})
+    (tmp_path / "one.json").write_text("")
+    steps = Steps(tmp_path)
+    assert steps.run("one", {"n": 1}, [], lambda: {"n": 2}) == {"n": 2} and steps.n_found == 0
+
+
 def test_only_what_an_earlier_run_did_counts_as_found(tmp_path: Path) -> None:
     first, second = Steps(tmp_path), Steps(tmp_path)
     for _ in range(2):
