@@ -78,7 +78,7 @@ def calibrate(
         errors={},
     )
     with encoding_threads(n_threads) as pool:
-        forward = _Forward(stream, nothing, pool, n_probe_sequences, sensitivity, scratch_folder, progress)
+        forward = _Forward(stream, nothing, pool, n_probe_sequences, sensitivity, scratch_folder, n_threads, progress)
         interim = Interim(scratch_folder)
         if (passed := interim.load(nothing)) is not None:
             forward.go_on(passed)
@@ -106,6 +106,7 @@ class _Forward:
         n_probe_sequences: int,
         sensitivity: str,
         scratch_folder: Path,
+        n_threads: int,
         progress: Progress,
     ):
         self._stream, self._nothing, self._sensitivity, self._progress = stream, nothing, sensitivity, progress
@@ -115,7 +116,7 @@ class _Forward:
         self.measure, self.rng = Measure(nothing.types, pool), np.random.default_rng(nothing.seed)
         # spread over the text, which may be several files of different kinds
         probed = torch.linspace(0, n_sequences - 1, n_probe_sequences).round().long()
-        self._probes = Probes(stream, pool, self._batch_sequences, tokens_SL[probed], scratch_folder)
+        self._probes = Probes(stream, pool, self._batch_sequences, tokens_SL[probed], scratch_folder, n_threads)
         share_V = np.bincount(nothing.tokens_SL.ravel(), minlength=len(stream.embedding_VD)) / nothing.tokens_SL.size
         self._layers: dict[int, ExpertStats] = {}
         self._importance: dict[str, np.ndarray] = {}

@@ -20,7 +20,7 @@ from moe2gguf import ggml
 from moe2gguf.calibrate import GRADED_TOKENS
 from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
-from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS
+from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS, chunk_scale
 from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
 from moe2gguf.experts import CPU
 from moe2gguf.feedback import curvature, quantize
@@ -223,7 +223,7 @@ def quantise_seconds(
         for n in own
     ) + sum(rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3 for n in n_outputs)
     if calibration.sensitivity == "gradient":
-        n_threads = min(n_threads, BUSY_WITH_ROWS)
+        n_threads = min(n_threads, BUSY_WITH_ROWS * chunk_scale(n_threads, quantizer.device))
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]

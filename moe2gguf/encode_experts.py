@@ -11,6 +11,7 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,11 +49,21 @@ MAX_SLOPE_TOKENS = 2048
 # of a chunk of experts: second moments, of which several live at a time, and what down projections are given
 CHUNK_BYTES = 1 << 26
 CHUNK_INPUT_BYTES = 1 << 28
+# for each of so many threads, and so much memory of the computer, both once more
+SCALE_THREADS, SCALE_MEMORY_BYTES = 4, 8 << 30
 # of sampled rows, in a job
 SAMPLE_LANES = 128
 
 AFFINITIES = ("none", "gate", "gate2")
 AFFINITY = "gate"
+
+
+def chunk_scale(n_threads: int, device: torch.device) -> int:
+    """By how much chunks are larger than CHUNK_BYTES and CHUNK_INPUT_BYTES: one expert has work for few threads."""
+    if device.type != "cpu":
+        return 1
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(n_threads // SCALE_THREADS, memory_bytes // SCALE_MEMORY_BYTES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +179,15 @@ def encode_experts(
                             spool.put(
                                 index,
                                 *_LayerWork(
-                                    block, exact, found, tokens_SL.shape[1], affinity, device, pool, gradient
+                                    block,
+                                    exact,
+                                    found,
+                                    tokens_SL.shape[1],
+                                    affinity,
+                                    device,
+                                    pool,
+                                    gradient,
+                                    chunk_scale(n_threads, device),
                                 ).encode(own, lambda done, total: streams.say("quantise", done, total)),
                             )
                     del exact, found
@@ -223,7 +242,9 @@ class _LayerWork:
         device: torch.device,
         pool: ThreadPoolExecutor,
         output_moments_DD: np.ndarray | None = None,
+        scale: int = 1,
     ):
+        self._scale = scale
         self._block, self._affinity, self._device, self._pool = block, affinity, device, pool
         self._output_DD: torch.Tensor | None = None
         if output_moments_DD is not None:
@@ -262,7 +283,8 @@ class _LayerWork:
         return blocks, outcomes
 
     def _chunks(self) -> Iterator[range]:
-        """Experts in turn, as many at a time as CHUNK_BYTES and CHUNK_INPUT_BYTES allow, and one at least."""
+        """Experts in turn, as many at a time as CHUNK_BYTES and CHUNK_INPUT_BYTES allow, scaled, and one at least."""
+        chunk_bytes, chunk_input_bytes = self._scale * CHUNK_BYTES, self._scale * CHUNK_INPUT_BYTES
         widest = max(self._found_TD.shape[1], self._block.n_intermediate)
         n_tokens_E = torch.bincount(self._ids_TK.flatten(), minlength=self._block.n_experts).clamp(
             max=MAX_EXPERT_TOKENS
@@ -271,7 +293,7 @@ class _LayerWork:
         for expert, n_own in enumerate(n_tokens_E.tolist()):
             n_tokens += n_own + len(self._sample_n)
             input_bytes = 2 * 4 * n_tokens * self._block.n_intermediate
-            is_full = (expert - start) * 4 * widest**2 >= CHUNK_BYTES or input_bytes > CHUNK_INPUT_BYTES
+            is_full = (expert - start) * 4 * widest**2 >= chunk_bytes or input_bytes > chunk_input_bytes
             if expert > start and is_full:
                 yield range(start, expert)
                 start, n_tokens = expert, n_own + len(self._sample_n)

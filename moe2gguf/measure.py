@@ -16,6 +16,7 @@ import torch
 from moe2gguf import ggml
 from moe2gguf.capture import ExpertCapture, MatrixCapture, layer_sample_tokens, tokens_of
 from moe2gguf.experts import CPU, ExpertBlock
+from moe2gguf.feedback import single_threaded
 from moe2gguf.ggml import QuantType
 from moe2gguf.stats import SHRINKAGE_TOKENS, ExpertStats
 
@@ -95,9 +96,10 @@ class Measure:
             )  # fmt: skip
             jobs.append(self.pool.submit(of_expert.errors, self.types))
         found = np.empty((5, block.n_experts, len(self.types)))
-        for expert, job in enumerate(jobs):
-            progress(expert, len(jobs))
-            found[:, expert] = job.result()
+        with single_threaded():
+            for expert, job in enumerate(jobs):
+                progress(expert, len(jobs))
+                found[:, expert] = job.result()
         gate_up_EJ, down_EJ, gate_share_EJ, *graded = found
         return ExpertErrors(gate_up_EJ, down_EJ, gate_share_EJ, *([None, None] if gradient_TD is None else graded))
 

@@ -29,7 +29,13 @@ from moe2gguf.durations import (
     writing_seconds,
 )
 from moe2gguf.ebss import BEAMS, n_groups_at_once
-from moe2gguf.encode_experts import CHUNK_BYTES, CHUNK_INPUT_BYTES, LAYER_SAMPLE_TOKENS, MAX_EXPERT_TOKENS
+from moe2gguf.encode_experts import (
+    CHUNK_BYTES,
+    CHUNK_INPUT_BYTES,
+    LAYER_SAMPLE_TOKENS,
+    MAX_EXPERT_TOKENS,
+    chunk_scale,
+)
 from moe2gguf.encode_matrices import MAX_COLUMNS
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
@@ -153,7 +159,9 @@ def make_plan(
     n_expert_tokens = source.n_expert_used / source.n_expert * calibration.n_sequences * length + LAYER_SAMPLE_TOKENS
     n_expert_tokens = min(n_expert_tokens, MAX_EXPERT_TOKENS + LAYER_SAMPLE_TOKENS)
     inputs = 2 * F32_BYTES * n_expert_tokens * expert.shape[-1]
-    n_chunk = max(1, min(source.n_expert, -(-CHUNK_BYTES // (4 * widest**2)), int(CHUNK_INPUT_BYTES / inputs)))
+    scale = chunk_scale(n_threads or available_cores(), quantizer.device)
+    by_width, by_inputs = -(-scale * CHUNK_BYTES // (4 * widest**2)), int(scale * CHUNK_INPUT_BYTES / inputs)
+    n_chunk = max(1, min(source.n_expert, by_width, by_inputs))
     roles = _roles(source, table, allocation)
     # of gradients, in 16 bits
     moments_bytes = 0

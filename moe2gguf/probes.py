@@ -61,7 +61,10 @@ class Probes:
         batch_sequences: int,
         tokens_SL: torch.Tensor,
         scratch_folder: Path,
+        n_threads: int,
     ):
+        # of an expert's rows, that those in flight keep all threads busy
+        self._n_parts = -(-n_threads // IN_FLIGHT)
         self._stream, self._pool, self._batch = stream, pool, batch_sequences
         self._clean_SLD = self._embed(tokens_SL)
         self._branches = States[tuple[str, QuantType]](BRANCHES_BYTES, scratch_folder)
@@ -117,13 +120,16 @@ class Probes:
         ):
             for quant_type in _fitting(EXPERT_PROBE_TYPES, importance_EK.shape[1]):
                 with _restored(parameter):
-                    jobs: deque[Future[np.ndarray]] = deque()
+                    jobs: deque[list[Future[np.ndarray]]] = deque()
                     for expert in range(len(importance_EK) + IN_FLIGHT):
                         if expert < len(importance_EK):
                             exact_NK = get(expert).numpy()
-                            jobs.append(self._pool.submit(ggml.round_trip, exact_NK, quant_type, importance_EK[expert]))
+                            parts = np.array_split(exact_NK, self._n_parts)
+                            own = quant_type, importance_EK[expert]
+                            jobs.append([self._pool.submit(ggml.round_trip, part, *own) for part in parts])
                         if expert >= IN_FLIGHT:
-                            put(expert - IN_FLIGHT, torch.from_numpy(jobs.popleft().result()))
+                            rows = np.concatenate([job.result() for job in jobs.popleft()])
+                            put(expert - IN_FLIGHT, torch.from_numpy(rows))
                     name = f"layers.{index}.{projection}"
                     self._branches[name, quant_type] = self._run(index, layer, self._clean_SLD)
 

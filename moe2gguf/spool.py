@@ -10,7 +10,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,10 +156,16 @@ class Spool:
         save_file(dict(arrays), aside, header)
         os.replace(aside, path)
 
+    @contextmanager
+    def open(self, layer: int) -> Iterator[Callable[[str, int], np.ndarray]]:
+        """By matrix and expert, uint8 (N, B). A header has hundreds of names, which are read once for all."""
+        with safe_open(self._as_written(self.path(layer)), framework="np") as file:
+            yield lambda matrix, expert: file.get_tensor(f"{matrix}/{expert}")
+
     def get(self, layer: int, matrix: str, expert: int) -> np.ndarray:
         """uint8 (N, B)"""
-        with safe_open(self._as_written(self.path(layer)), framework="np") as file:
-            return file.get_tensor(f"{matrix}/{expert}")
+        with self.open(layer) as get:
+            return get(matrix, expert)
 
     def put_scaled(
         self, part: int | str, experts: Mapping[tuple[str, int], np.ndarray], matrices: Mapping[str, np.ndarray]

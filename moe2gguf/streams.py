@@ -5,7 +5,7 @@ Shapes: S sequences, L tokens of each, B sequences at a time, D hidden, V vocabu
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from moe2gguf import ggml
 from moe2gguf.experts import CPU, ExpertBlock, find_experts
-from moe2gguf.feedback import single_threaded
 from moe2gguf.ggml import QuantType
 from moe2gguf.spool import Spool
 from moe2gguf.states import States
@@ -167,6 +166,7 @@ class Streams:
             part.copy_(torch.from_numpy(job.result()))
 
 
+@torch.inference_mode()
 def put_back(
     block: ExpertBlock,
     types: Mapping[tuple[str, int], QuantType],
@@ -175,22 +175,25 @@ def put_back(
     pool: ThreadPoolExecutor,
     scaled: Callable[[np.ndarray, str, int], np.ndarray] = lambda blocks_NB, _matrix, _expert: blocks_NB,
 ) -> None:
-    """The layer's experts as the file will have them, or as `scaled` makes their blocks; one expert a job."""
-
-    def decoded(matrix: str, expert: int) -> torch.Tensor:
-        quant_type, blocks_NB = types[matrix, expert], spool.get(layer, matrix, expert)
-        weights, n_bytes = ggml.block_shape(quant_type)
-        n_columns = blocks_NB.shape[1] // n_bytes * weights
-        return torch.from_numpy(ggml.decode(scaled(blocks_NB, matrix, expert), quant_type, n_columns))
+    """The layer's experts as the file will have them, or as `scaled` makes their blocks; some rows a job."""
 
     @torch.inference_mode()  # by thread
-    def put(expert: int) -> None:
-        block.set_gate_up(expert, torch.cat([decoded(matrix, expert) for matrix in block.first]))
-        block.set_down(expert, decoded("down", expert))
+    def decoded(blocks_RB: np.ndarray, quant_type: QuantType) -> torch.Tensor:
+        weights, n_bytes = ggml.block_shape(quant_type)
+        return torch.from_numpy(ggml.decode(blocks_RB, quant_type, blocks_RB.shape[1] // n_bytes * weights))
+
+    def rows(matrix: str, expert: int) -> list[Future[torch.Tensor]]:
+        blocks_NB = scaled(get(matrix, expert), matrix, expert)
+        parts = np.split(blocks_NB, range(ROWS_PER_JOB, len(blocks_NB), ROWS_PER_JOB))
+        return [pool.submit(decoded, part, types[matrix, expert]) for part in parts]
 
     experts = sorted({expert for _, expert in types})
     n_weights = block.gate_up_proj[0].numel() + block.module.down_proj[0].numel()
     step = max(1, DECODED_BYTES // (4 * n_weights))
-    with single_threaded():
+    with spool.open(layer) as get:
         for start in range(0, len(experts), step):
-            list(pool.map(put, experts[start : start + step]))
+            own = experts[start : start + step]
+            jobs = [([rows(matrix, e) for matrix in block.first], rows("down", e)) for e in own]
+            for expert, (first, down) in zip(own, jobs, strict=True):
+                block.set_gate_up(expert, torch.cat([job.result() for parts in first for job in parts]))
+                block.set_down(expert, torch.cat([job.result() for job in down]))

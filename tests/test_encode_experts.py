@@ -431,3 +431,35 @@ def test_gradients_change_the_experts_of_their_layer(
     for layer, same in ((0, True), (1, False)):
         for matrix in ("gate", "up", "down"):
             assert np.array_equal(plain.get(layer, matrix, 2), by_rows.get(layer, matrix, 2)) == same
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "memory_gb", "device", "scale"),
+    [
+        (2, 24, "cpu", 1),
+        (16, 64, "cpu", 4),
+        (64, 128, "cpu", 16),
+        (64, 32, "cpu", 4),
+        (64, 4, "cpu", 1),
+        (64, 512, "cuda", 1),
+    ],
+)
+def test_more_experts_at_a_time_for_more_threads(
+    n_threads: int, memory_gb: int, device: str, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory_gb * 2**30 // 4096}
+    monkeypatch.setattr(stage.os, "sysconf", pages.__getitem__)
+    assert stage.chunk_scale(n_threads, torch.device(device)) == scale
+
+
+@torch.inference_mode()
+def test_scaled_chunks_give_the_same(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "CHUNK_BYTES", 1)
+    types = {(matrix, e): QuantType.IQ2_XXS for matrix in ("gate", "up", "down") for e in range(N_EXPERTS)}
+    found = []
+    for scale, n_chunks in ((1, N_EXPERTS), (2**19, 3)):
+        work = dataclasses.replace(layer).work()
+        work._scale = scale
+        assert len([*work._chunks()]) == n_chunks
+        found.append(work.encode(types, lambda *_: None)[0])
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in found[0])

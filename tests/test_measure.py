@@ -458,6 +458,22 @@ def test_the_hardest_tokens_count_no_more_than_others() -> None:
     torch.testing.assert_close(even_BT @ probes.token_weights(even_BT), torch.arange(1.0, 4).double())
 
 
+def test_experts_are_probed_alike_on_many_threads(
+    tiny: Callable[..., Path], calibrated_small: tuple[Path, CalibrationStats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows in parts, where there are more threads than experts in flight."""
+    monkeypatch.setattr(probes, "IN_FLIGHT", 1)
+    monkeypatch.setattr(probes, "HARD_QUANTILE", 1.0)
+    folder, whole = calibrated_small
+    parted = calibrate(
+        LayerStream(folder), CalibrationText(TOKENS_SL, "random"), whole.types, source_sha256="", request="",
+        n_probe_tokens=3 * TOKENS_SL.shape[1], n_threads=3, seed=0, scratch_folder=Path(gettempdir()),
+        progress=no_progress,
+    )  # fmt: skip
+    for name, errors in whole.errors.items():
+        np.testing.assert_allclose(parted.errors[name].probe_kl, errors.probe_kl, rtol=1e-6)
+
+
 def test_every_matrix_is_probed_and_measured(calibrated_small: tuple[Path, CalibrationStats]) -> None:
     folder, stats = calibrated_small
     linear = {name for name, module in load_whole(folder).model.named_modules() if isinstance(module, torch.nn.Linear)}
