@@ -393,7 +393,8 @@ def test_names(tmp_path):
         random_source(tmp_path), metadata=gguf.Metadata(basename="Tiny", size_label="8x1M", finetune="Instruct")
     )
     assert outfile_for(source, None, Budget(bits=3.5)) == Path("Tiny-8x1M-Instruct-MQ3_5.gguf")
-    assert outfile_for(source, None, Budget(size_bytes=10**9)) == Path("Tiny-8x1M-Instruct-MQ.gguf")
+    size_bytes = int(2.5 * source.n_params / 8)
+    assert outfile_for(source, None, Budget(size_bytes=size_bytes)) == Path("Tiny-8x1M-Instruct-MQ2_5.gguf")
     # as llama.cpp's converter has it
     assert outfile_for(source, tmp_path / "a-{ftype}.gguf", Budget(bits=2)) == tmp_path / "a-mq2.gguf"
     assert outfile_for(source, tmp_path / "a-{FTYPE}.gguf", Budget(bits=2)) == tmp_path / "a-MQ2.gguf"

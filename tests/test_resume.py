@@ -204,19 +204,21 @@ def test_what_an_option_costs(needs_runtime: None, tiny, small_text: Path, tmp_p
 
 
 def test_the_format_of_a_stage_counts(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised when the stage computes something else, and only what depends on it is made anew."""
+    """It is raised when the stage computes something else, and what depends on it is made anew."""
     source = open_source(tiny("qwen3_moe"))
     read = dataclasses.replace(ITSELF, text_paths=(Path(__file__),))
     of_read, of_written = request_digest(source, read), request_digest(source, ITSELF)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "TEXT_FORMAT", 99)
-        assert request_digest(source, read) == of_read and request_digest(source, ITSELF) != of_written
+        assert request_digest(source, read) != of_read and request_digest(source, ITSELF) != of_written
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "STATS_FORMAT", 99)
         assert request_digest(source, read) != of_read and request_digest(source, ITSELF) != of_written
 
 
-def test_what_quantised_layers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_quantised_layers_depend_on(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shutil.copytree(tiny("qwen3_moe"), tmp_path / "model")
+    source = open_source(model)
     nothing = np.zeros((0, 0), np.int32)
     stats = CalibrationStats((), "", 0, 0, 0, "f32", nothing, "", "", "a request", layers={}, importance={}, errors={})
     types = {(0, "down", 0): Q.Q3_K, (0, "down", 1): Q.Q4_K}
@@ -225,18 +227,23 @@ def test_what_quantised_layers_depend_on(tmp_path: Path, monkeypatch: pytest.Mon
     def folder(
         stats: CalibrationStats = stats, types: dict = types, matrices: dict = matrices, **changes: object
     ) -> Path:
-        return spool_for(tmp_path, stats, dataclasses.replace(Quantizer(), **changes), types, matrices).folder
+        return spool_for(source, tmp_path, stats, dataclasses.replace(Quantizer(), **changes), types, matrices).folder
 
     others = [
         folder(affinity="none"),
         folder(router="none"),
         folder(device=torch.device("cuda")),
         folder(stats=dataclasses.replace(stats, request="another")),
+        folder(stats=dataclasses.replace(stats, digest="another")),
         folder(types=types | {(0, "down", 1): Q.Q5_K}),
         folder(matrices={"layers.0.self_attn.q_proj": Matrix(Q.Q5_K, None)}),
     ]
+    before = folder()
     monkeypatch.setattr(pipeline, "SPOOL_FORMAT", 99)
     others.append(folder())
     monkeypatch.undo()
     assert len({*others, folder()}) == len(others) + 1
     assert folder() == folder(device=torch.device("cpu"), types=dict(reversed(types.items())))
+    # other weights under the same names
+    os.utime(model / "model.safetensors", (0, 0))
+    assert folder() not in {*others, before}

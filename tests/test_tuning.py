@@ -150,7 +150,7 @@ def test_descent_follows_the_gradient_of_the_whole_model(
     hidden = embedding[TOKENS], stream_through(model.stream)
     given, wanted = (by_sequence(hidden_SLD, 0, spool.folder) for hidden_SLD in hidden)
     found = descended(
-        model, before, [*range(len(TOKENS))], given, wanted, seed=0, spool=spool, progress=lambda *_: None
+        model, before, {}, [*range(len(TOKENS))], given, wanted, seed=0, spool=spool, progress=lambda *_: None
     )  # fmt: skip
 
     whole = whole_quantised(folder, spool, before)
