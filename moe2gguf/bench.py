@@ -30,7 +30,7 @@ from moe2gguf.evaluate import held_out_text
 from moe2gguf.gguf_file import file_bytes
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.inspect import inspect_file
-from moe2gguf.llama import available_cores
+from moe2gguf.llama import available_cores, memory_bytes
 from moe2gguf.llama_tools import (
     BaseRun,
     Divergence,
@@ -630,7 +630,7 @@ def _setting(command: str, runtime: str, n_threads: int, bench: _Bench, seconds:
         processor=", ".join(filter(None, (about["cpu_info"], about["gpu_info"]))),
         backends=about["backends"],
         n_threads=n_threads,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         seconds=seconds,
         resumed=bench.steps.n_found > 0,
     )

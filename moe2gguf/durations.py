@@ -5,7 +5,6 @@ Shapes: K columns, N rows, D hidden, I intermediate, L tokens of a sequence.
 """
 
 import functools
-import os
 import re
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROW
 from moe2gguf.experts import CPU
 from moe2gguf.feedback import curvature, quantize
 from moe2gguf.ggml import QuantType
+from moe2gguf.llama import memory_bytes
 from moe2gguf.measure import MAX_ERROR_ROWS, MAX_MATRIX_ROWS
 from moe2gguf.probes import EXPERT_PROBE_TYPES
 from moe2gguf.router import DAMPINGS as ROUTER_DAMPINGS
@@ -162,8 +162,7 @@ def writing_seconds(source: Source, calibration: Calibration, length: int, rates
     n_sequences = n_beams * calibration.n_sequences
     n_steps = length * -(-n_sequences // n_at_once(n_sequences, length, kv_bytes_per_token(source)))
     n_bytes = source.n_params * ggml.bits_per_weight(writer_type(source)) / 8
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes else DISK_BYTES_PER_SECOND)
+    read = n_bytes / (MEMORY_BYTES_PER_SECOND if n_bytes < memory_bytes() else DISK_BYTES_PER_SECOND)
     flops = n_sequences * length * (_layers_flops(source) + _attention_flops(source, length) + _head_flops(source))
     n_threads = 1 if n_bytes < ONE_THREAD_FILE_BYTES else torch.get_num_threads()
     computed = flops / (rates.writer_flops * n_threads / torch.get_num_threads())

@@ -11,7 +11,6 @@ E experts, n tokens of one expert, B bytes of an encoded row.
 """
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from moe2gguf.experts import CPU, ExpertBlock
 from moe2gguf.factors import PANEL
 from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
+from moe2gguf.llama import memory_bytes
 from moe2gguf.moments import HELD_OUT, Sums
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
@@ -62,8 +62,7 @@ def chunk_scale(n_threads: int, device: torch.device) -> int:
     """By how much chunks are larger than CHUNK_BYTES and CHUNK_INPUT_BYTES: one expert has work for few threads."""
     if device.type != "cpu":
         return 1
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(n_threads // SCALE_THREADS, memory_bytes // SCALE_MEMORY_BYTES))
+    return max(1, min(n_threads // SCALE_THREADS, memory_bytes() // SCALE_MEMORY_BYTES))
 
 
 @dataclasses.dataclass(frozen=True)

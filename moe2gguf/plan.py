@@ -38,7 +38,7 @@ from moe2gguf.encode_experts import (
 )
 from moe2gguf.encode_matrices import MAX_COLUMNS
 from moe2gguf.ggml import QuantType
-from moe2gguf.llama import available_cores
+from moe2gguf.llama import available_cores, memory_bytes
 from moe2gguf.pipeline import (
     Budget,
     Calibration,
@@ -387,10 +387,11 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
     else:
         head.add_row("types", "provisional: without statistics all weights count alike; calibration decides")
     head.add_row("run in", f"{plan.dtype} on {plan.device}")
-    head.add_row(
-        "memory",
-        f"calibration {plan.calibration_ram_bytes / GIB:.1f} GiB, quantisation {plan.quantise_ram_bytes / GIB:.1f} GiB",
-    )
+    needed, there = (plan.calibration_ram_bytes, plan.quantise_ram_bytes), memory_bytes()
+    memory = f"calibration {needed[0] / GIB:.1f} GiB, quantisation {needed[1] / GIB:.1f} GiB"
+    if max(needed) > there:
+        memory += f"; this machine has {there / GIB:.1f}: fewer --sequences or --dtype bf16 take less"
+    head.add_row("memory", memory)
     head.add_row("disk", f"{plan.disk_bytes / GIB:.2f} GiB while running")
     writing = f"the model's own text {_duration(plan.writing_seconds)} of it, none with --text FILE"
     head.add_row(

@@ -173,7 +173,7 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
     # 64 steps of 16 sequences side by side, each with all weights
     read = 64 * source.n_params * 8.5 / 8
     assert calibrating(source, sampled) == pytest.approx(read / durations.MEMORY_BYTES_PER_SECOND)
-    monkeypatch.setattr(durations.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(durations, "memory_bytes", lambda: 1)
     assert calibrating(source, sampled) == pytest.approx(read / durations.DISK_BYTES_PER_SECOND)
     # large ones write with a file of half the bits
     monkeypatch.setattr("moe2gguf.sample.MANY_PARAMS", source.n_params)

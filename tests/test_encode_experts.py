@@ -447,8 +447,7 @@ def test_gradients_change_the_experts_of_their_layer(
 def test_more_experts_at_a_time_for_more_threads(
     n_threads: int, memory_gb: int, device: str, scale: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory_gb * 2**30 // 4096}
-    monkeypatch.setattr(stage.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(stage, "memory_bytes", lambda: memory_gb * 2**30)
     assert stage.chunk_scale(n_threads, torch.device(device)) == scale
 
 

@@ -138,6 +138,14 @@ def test_what_was_not_measured_is_shown(converted, small_calibration, tmp_path):
     assert {name for name, _ in of_role["not measured"].types} <= {"Q8_0", "BF16"}
 
 
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_a_machine_that_is_too_small_is_told(tiny, tmp_path, monkeypatch, is_enough):
+    plan = planned(tiny("qwen3_moe"), tmp_path)
+    most = max(plan.calibration_ram_bytes, plan.quantise_ram_bytes)
+    monkeypatch.setattr("moe2gguf.plan.memory_bytes", lambda: most if is_enough else most - 1)
+    assert ("; this machine has" in " ".join(rendered(plan).split())) != is_enough
+
+
 def test_size_counts_the_header(tiny, tmp_path):
     plan = planned(tiny("qwen3_moe"), tmp_path, budget=Budget(size_bytes=1_500_000))
     assert 1_450_000 < plan.allocation.tensor_bytes < 1_500_000

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import RuntimeMissing
-from moe2gguf.llama import available_cores
+from moe2gguf.llama import available_cores, memory_bytes
 from moe2gguf.runtime.process import UNTESTABLE, run_logged
 from moe2gguf.runtime.toolchain import GPU_BACKENDS, NO_AMX_FLAGS, GpuBackend, Toolchain, amx_works, find_toolchain
 from moe2gguf.runtime.upstream import Upstream, apply_series, fetch_sdist, read_upstream, unpack
@@ -213,8 +213,7 @@ def _n_compilers(env: Mapping[str, str]) -> int:
     """What the user tells CMake, else one for each core that this process may use and has memory for."""
     if (said := env.get("CMAKE_BUILD_PARALLEL_LEVEL", "")).isdecimal() and int(said):
         return int(said)
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(available_cores(), memory_bytes // _COMPILER_BYTES))
+    return max(1, min(available_cores(), memory_bytes() // _COMPILER_BYTES))
 
 
 class _Trapped(Exception):

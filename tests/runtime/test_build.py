@@ -227,6 +227,5 @@ def test_a_second_build_waits(tmp_path) -> None:
 )
 def test_as_many_compilers_as_there_is_memory_for(monkeypatch, said, cores: int, memory_gb: int, wanted: int) -> None:
     monkeypatch.setattr(build_module, "available_cores", lambda: cores)
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory_gb * 2**30 // 4096}
-    monkeypatch.setattr(build_module.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(build_module, "memory_bytes", lambda: memory_gb * 2**30)
     assert build_module._n_compilers({} if said is None else {"CMAKE_BUILD_PARALLEL_LEVEL": said}) == wanted
