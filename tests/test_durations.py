@@ -73,7 +73,7 @@ def one_pass(source: Source) -> float:
     return flops
 
 
-def test_codes_and_factors(source: Source) -> None:
+def test_codes_and_factors(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     beside = [t for t in source.tensors if t.quantisable and "_exps" not in t.name and t.name != "token_embd.weight"]
     assert {t.name.split(".")[-2] for t in beside} == {"attn_q", "attn_k", "attn_v", "attn_output", "output"}
     n_beside = sum(t.shape[0] * t.shape[1] for t in beside)
@@ -105,7 +105,9 @@ def test_codes_and_factors(source: Source) -> None:
     assert quantising(source, calibration=graded, **PRODUCTS) - quantising(source, **PRODUCTS) == pytest.approx(
         through_down
     )
-    for calibration, n_busy in ((CALIBRATION, 16), (graded, 8)):
+    # rows in turns keep eight threads busy, or as many times that as there are experts more at a time
+    for calibration, scale, n_busy in ((CALIBRATION, 1, 16), (graded, 1, 8), (graded, 3, 16)):
+        monkeypatch.setattr(durations, "chunk_scale", lambda *_, scale=scale: scale)
         one, many = (quantising(source, calibration=calibration, n_threads=n, fed_back_weights=1.0) for n in (1, 16))
         assert many == pytest.approx(one / n_busy)
 

@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_refused(name: str, tiny: Callable[..., 
 def test_no_weights_at_all(tiny: Callable[..., Path], tmp_path: Path) -> None:
     no_weights = shutil.ignore_patterns("*.safetensors")
     folder = shutil.copytree(tiny("mixtral", **SMALL), tmp_path / "empty", ignore=no_weights)
-    with pytest.raises(SourceError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(SourceError, match="holds no model"):
         LayerStream(folder)
 
 
