@@ -27,6 +27,7 @@ from moe2gguf.child import Finished, run_child
 from moe2gguf.costs import cost_table
 from moe2gguf.errors import BudgetError, Moe2ggufError
 from moe2gguf.evaluate import held_out_text
+from moe2gguf.fitting import fit_budget
 from moe2gguf.gguf_file import file_bytes
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.inspect import inspect_file
@@ -49,15 +50,7 @@ from moe2gguf.peers import (
     quantize_with_types,
     tensor_classes,
 )
-from moe2gguf.pipeline import (
-    Budget,
-    Choice,
-    Progress,
-    checkpoint_identity,
-    fit_budget,
-    no_progress,
-    write_float,
-)
+from moe2gguf.pipeline import write_float
 from moe2gguf.provenance import provenance
 from moe2gguf.record import (
     METHODS,
@@ -74,11 +67,14 @@ from moe2gguf.record import (
     TaskScore,
     save_record,
 )
+from moe2gguf.run import Progress, no_progress
 from moe2gguf.runtime import find_runtime
+from moe2gguf.settings import Budget, Choice
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.steps import Steps
 from moe2gguf.text import read_text
+from moe2gguf.work_folder import checkpoint_identity
 
 FULL_BITS = (2.1, 2.5, 3.0, 3.5, 4.25)
 QUICK_BITS = (2.5, 3.5)

@@ -9,7 +9,7 @@ J candidate types, n tokens of one expert or of a sample.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,12 +27,11 @@ from moe2gguf.interim import Interim, Passed
 from moe2gguf.measure import Measure
 from moe2gguf.moments import Sums
 from moe2gguf.probes import Probes
+from moe2gguf.run import Note, Progress, no_note
 from moe2gguf.skip import drop_harm
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 RATIO_BINS = 64
 NORM_QUANTILES = 101
@@ -56,7 +55,7 @@ def calibrate(
     seed: int,
     scratch_folder: Path,
     progress: Progress,
-    note: Callable[[str], None] = lambda _: None,
+    note: Note = no_note,
 ) -> CalibrationStats:
     """Runs all of the text through the model once, and n_probe_tokens of it through the probes, whose hidden states
     lie in the scratch folder where they are many. Goes on from what an earlier run has left there."""

@@ -1,6 +1,5 @@
 """The command line: one command per stage, in the order of the pipeline."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +33,19 @@ BESIDE_A_RECIPE = {
 SAID_OF = {
     "OutOfMemoryError": "the GPU's memory does not hold it ({}); take --dtype bf16, in which a layer is half as large, "
     "or --device cpu",
-    "SafetensorError": "a file of the work folder cannot be written or read ({}); make room there, or take another "
-    "--work",
+    "SafetensorError": "a file of weights or statistics cannot be written or read ({}); make room there",
 }
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Group(click.Group):
     """Prints a user's mistake as one sentence, exit code 1. Usage errors are click's, exit code 2."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the pipeline
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -61,7 +65,7 @@ class _Group(click.Group):
             # of libraries that commands which do without do not load
             if (said := SAID_OF.get(type(error).__name__)) is None:
                 raise
-            click.echo(f"moe2gguf: {said.format(str(error).splitlines()[0])}. What is done already is kept", err=True)
+            click.echo(f"moe2gguf: {said.format(_first_line(error))}. What is done already is kept", err=True)
             context.exit(1)
         except KeyboardInterrupt:
             click.echo("moe2gguf: interrupted; statistics already written are kept", err=True)
@@ -192,7 +196,7 @@ calibration_options = _together(
         "--resume/--no-resume",
         default=True,
         show_default=True,
-        help="Go on from what earlier runs left in that folder, or remove it and begin anew.",
+        help="Go on from the text, statistics and layers that earlier runs left in that folder, or remove these first.",
     ),
 )
 budget_options = _together(
@@ -231,7 +235,12 @@ budget_options = _together(
         show_default=True,
         help="Least KL divergence in the bytes; or, for up to a tenth more, the fastest decoding on this CPU.",
     ),
-    click.option("--types", type=_Type(), multiple=True, help="Allow only these types; repeatable  [default: all]."),
+    click.option(
+        "--types",
+        type=_Type(),
+        multiple=True,
+        help="Allow only these types, such as IQ2_XXS; repeatable  [default: all; an unknown name lists them].",
+    ),
     click.option(
         "--tensor-type", type=_Override(), multiple=True, help="Pin the type of tensors whose name matches; repeatable."
     ),
@@ -253,7 +262,7 @@ quantizer_options = _together(
         "--feedback/--no-feedback",
         default=True,
         show_default=True,
-        help="Experts with error feedback, or by ggml's encoder alone: faster, and routers and norms stay as they are.",
+        help="Matrices with error feedback, or by ggml's encoder alone: faster, and without --router and --tune.",
     ),
     click.option(
         "--affinity",
@@ -325,7 +334,7 @@ def _overrides(options: dict[str, Any]) -> tuple:
 
 
 def _budget(options: dict[str, Any]):
-    from moe2gguf.pipeline import Budget
+    from moe2gguf.settings import Budget
 
     if (options["bits"] is None) == (options["size_bytes"] is None):
         raise click.UsageError("give either --bits or --size")
@@ -333,7 +342,7 @@ def _budget(options: dict[str, Any]):
 
 
 def _choice(options: dict[str, Any]):
-    from moe2gguf.pipeline import Choice
+    from moe2gguf.settings import Choice
 
     types, overrides = options["types"] or None, _overrides(options)
     return Choice(
@@ -342,11 +351,22 @@ def _choice(options: dict[str, Any]):
 
 
 def _quantizer(options: dict[str, Any]):
-    from moe2gguf.pipeline import Quantizer
+    from moe2gguf.settings import Quantizer
 
-    if not options["feedback"]:
-        return Quantizer(False, options["affinity"], _device(options), "none", False)
-    return Quantizer(True, options["affinity"], _device(options), options["router"], options["tuning"])
+    if options["feedback"]:
+        return Quantizer(True, options["affinity"], options["router"], options["tuning"])
+    for name, asked, option in (
+        ("router", options["router"] != "none", f"--router {options['router']}"),
+        ("tuning", options["tuning"], "--tune"),
+    ):
+        if asked and _is_typed(name):
+            raise click.UsageError(f"{option} comes after error feedback; leave it or --no-feedback out")
+    return Quantizer(False, options["affinity"], "none", False)
+
+
+def _is_typed(name: str) -> bool:
+    """Whether an option is on the command line."""
+    return click.get_current_context().get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
 
 
 def _device(options: dict[str, Any]):
@@ -356,10 +376,9 @@ def _device(options: dict[str, Any]):
 
 
 def _calibration(options: dict[str, Any]):
-    from moe2gguf.pipeline import Calibration
+    from moe2gguf.settings import Calibration
 
-    given = click.get_current_context().get_parameter_source("calib")
-    if options["text_paths"] and given == click.core.ParameterSource.COMMANDLINE:
+    if options["text_paths"] and _is_typed("calib"):
         raise click.UsageError(
             "--calib is how the model writes its own text, and --text is another; leave one of them out"
         )
@@ -428,12 +447,12 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
     from moe2gguf.allocate import describe_speed
     from moe2gguf.plan import make_plan, render_plan
     from moe2gguf.recipe import load_recipe
+    from moe2gguf.skip import Skipping
 
     recipe = load_recipe(recipe_path) if recipe_path is not None and recipe_path.exists() else None
     if recipe is not None:
-        for name, parameter in ((parameter.name, parameter) for parameter in context.command.params):
-            given = name is not None and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-            if given and name not in BESIDE_A_RECIPE:
+        for parameter in context.command.params:
+            if parameter.name is not None and parameter.name not in BESIDE_A_RECIPE and _is_typed(parameter.name):
                 raise click.UsageError(f"{parameter.opts[0]} is decided by {recipe_path}; leave one of them out")
         options["bits"] = round(recipe.allocation.bits_per_weight, 2)
         options["layout"], options["prune_share"] = recipe.allocation.layout, recipe.prune_share
@@ -441,13 +460,12 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
         raise Moe2ggufError(
             f"there is no folder {recipe_path.parent} to save the recipe in; make it, or choose another"
         )
-    budget = _budget(options)
-    choice = _choice(options)
+    budget, choice, device = _budget(options), _choice(options), _device(options)
+    calibration, quantizer = _calibration(options), _quantizer(options)
+    skipping = Skipping(options["skip"], options["skip_prompt"])
     if dry_run:
-        calibration, quantizer = _calibration(options), _quantizer(options)
         if recipe is not None:
-            calibration = recipe.calibration_on(calibration.text_paths)
-            quantizer = dataclasses.replace(recipe.quantizer, device=quantizer.device)
+            calibration, quantizer = recipe.calibration_on(calibration.text_paths), recipe.quantizer
         plan = make_plan(
             model,
             options["outfile"],
@@ -455,7 +473,10 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             choice,
             calibration,
             quantizer=quantizer,
+            skipping=skipping if recipe is None else recipe.skipping,
             prune_share=options["prune_share"],
+            allocation=None if recipe is None else recipe.allocation,
+            device=device,
             work_folder=options["work_folder"],
             resume=options["resume"],
             n_threads=options["threads"],
@@ -477,10 +498,11 @@ def convert(context: click.Context, model: str, dry_run: bool, recipe_path: Path
             overrides=choice.overrides,
             allocator=choice.allocator,
             objective=choice.objective,
-            calibration=_calibration(options),
-            quantizer=_quantizer(options),
-            skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
+            calibration=calibration,
+            quantizer=quantizer,
+            skipping=skipping,
             prune_share=options["prune_share"],
+            device=device,
             recipe=recipe,
             recipe_path=recipe_path,
             work_folder=options["work_folder"],
@@ -528,21 +550,27 @@ def _open(model: str, options: dict[str, Any]):
 @threads_option
 def prune(model: str, folder: Path, share: float, **options: Any) -> None:
     """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
-    from moe2gguf import pipeline
+    from moe2gguf.calibration_text import text_of
     from moe2gguf.dtypes import settled
+    from moe2gguf.pipeline import prune_to
+    from moe2gguf.work_folder import begin_anew
 
+    folder = Path(os.path.abspath(folder))
     source, device = _open(model, options), _device(options)
     calibration = settled(_calibration(options), source, device)
-    work = options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf")
-    threads = options["threads"] or available_cores()
     with progress_display() as progress:
-        text = pipeline.text_of(source, calibration, work, threads, device, progress, _note)
+        run = _run(options, options["work_folder"] or folder.with_name(f"{folder.name}.moe2gguf"), device, progress)
+        text = text_of(source, calibration, run)
         if not options["resume"]:
-            pipeline.begin_anew(work)
-        stream = partial(pipeline.stream_of, source, calibration, device)
-        request = pipeline.request_digest(source, calibration)
-        pipeline.prune(source, share, folder, request, stream, text, progress, _note)
+            begin_anew(run.work)
+        prune_to(folder, source, share, calibration, text, run)
     click.echo(folder)
+
+
+def _run(options: dict[str, Any], work: Path, device: Any, progress: Callable[[str, int, int], None]):
+    from moe2gguf.run import Run
+
+    return Run(work, options["threads"] or available_cores(), device, progress, _note)
 
 
 @main.command()
@@ -557,28 +585,21 @@ def prune(model: str, folder: Path, share: float, **options: Any) -> None:
 @threads_option
 def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
     """Run text through MODEL once and save what allocation and quantisation need."""
-    from moe2gguf import pipeline
+    from moe2gguf.calibration_text import text_of
     from moe2gguf.costs import cost_table
     from moe2gguf.imatrix import write_imatrix
+    from moe2gguf.pipeline import calibrated
+    from moe2gguf.work_folder import STATS, begin_anew, work_folder_for
 
     calibration, source, device = _calibration(options), _open(model, options), _device(options)
-    work = options["work_folder"] or pipeline.work_folder_for(source, Path("model.gguf"))
-    threads = options["threads"] or available_cores()
+    work = options["work_folder"] or work_folder_for(source, Path("model.gguf"))
     with progress_display() as progress:
-        text = pipeline.text_of(source, calibration, work, threads, device, progress, _note)
+        run = _run(options, work, device, progress)
+        text = text_of(source, calibration, run)
         if not options["resume"]:
-            pipeline.begin_anew(work)
-        stats = pipeline.calibrated(
-            source,
-            calibration,
-            work,
-            n_threads=threads,
-            device=device,
-            text=text,
-            progress=progress,
-            note=_note,
-        )
-    click.echo(work / "stats.safetensors")
+            begin_anew(work)
+        stats = calibrated(source, calibration, run, text)
+    click.echo(work / STATS)
     if imatrix is not None:
         write_imatrix(imatrix, source, cost_table(source, stats, layout="stock"), stats)
         click.echo(imatrix)
@@ -592,9 +613,10 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
 @threads_option
 def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> None:
     """Choose the type of every expert and matrix within the budget, and save the choice."""
-    from moe2gguf import pipeline
     from moe2gguf.allocate import describe_speed, save_allocation
     from moe2gguf.costs import cost_table
+    from moe2gguf.experts import CPU
+    from moe2gguf.fitting import fit_budget, report_allocation, speeds_for
     from moe2gguf.stats import load_stats
 
     source, stats = _open(model, options), load_stats(stats_path)
@@ -602,10 +624,9 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
     choice = _choice(options)
     table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
     with progress_display() as progress:
-        threads = options["threads"] or available_cores()
-        speeds = pipeline.speeds_for(source, choice, stats_path.parent, threads, progress)
-    allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice, speeds=speeds)
-    pipeline.report_allocation(source, table, stats, allocation, choice, _note)
+        speeds = speeds_for(source, choice, _run(options, stats_path.parent, CPU, progress))
+    allocation, _ = fit_budget(source, stats, table, budget, choice, speeds=speeds)
+    report_allocation(source, table, stats, allocation, choice, _note)
     save_allocation(allocation, outfile)
     click.echo(
         f"{allocation.bits_per_weight:.3f} bits per weight, predicted KL {allocation.predicted_kl:.4f}: {outfile}"
@@ -630,32 +651,31 @@ def allocate(model: str, stats_path: Path, outfile: Path, **options: Any) -> Non
 @threads_option
 def quantize(model: str, stats_path: Path, allocation_path: Path, imatrix: Path | None, **options: Any) -> None:
     """Write the GGUF of an allocation."""
-    from moe2gguf import pipeline
     from moe2gguf.allocate import load_allocation
     from moe2gguf.gguf_file import Target
+    from moe2gguf.pipeline import outfile_for, write_allocation
+    from moe2gguf.settings import Budget
+    from moe2gguf.skip import Skipping
     from moe2gguf.stats import load_stats
 
     source, stats = _open(model, options), load_stats(stats_path)
     allocation = load_allocation(allocation_path)
     target = Target(
-        pipeline.outfile_for(source, options["outfile"], pipeline.Budget(bits=round(allocation.bits_per_weight, 2))),
+        outfile_for(source, options["outfile"], Budget(bits=round(allocation.bits_per_weight, 2))),
         options["split_max_size"],
         options["split_max_tensors"],
         options["force"],
     )
     with progress_display() as progress:
-        paths = pipeline.write_allocation(
+        paths = write_allocation(
             source,
             stats,
             allocation,
             target,
-            options["threads"] or available_cores(),
+            _run(options, stats_path.parent, _device(options), progress),
             quantizer=_quantizer(options),
-            skipping=pipeline.Skipping(options["skip"], options["skip_prompt"]),
+            skipping=Skipping(options["skip"], options["skip_prompt"]),
             imatrix=imatrix,
-            work_folder=stats_path.parent,
-            progress=progress,
-            note=_note,
         )
     for path in paths:
         click.echo(f"{path}  {path.stat().st_size:,} bytes")
@@ -710,6 +730,8 @@ def card(file: Path, base: Path | None, text: Path | None, chunks: int, force: b
 
     if text is not None and base is None:
         raise click.UsageError("--text is what KL divergence is measured on, which needs --base")
+    if base is None and _is_typed("chunks"):
+        raise click.UsageError("--chunks are of the text that KL divergence is measured on, which needs --base")
     check_card(file, overwrite=force)
     evaluations: tuple = ()
     with progress_display() as progress:

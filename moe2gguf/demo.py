@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.llama import available_cores
 from moe2gguf.llama_tools import importance_matrix
 from moe2gguf.peers import preset_tensor_bytes, quantize_preset
-from moe2gguf.pipeline import Calibration, convert, write_float
+from moe2gguf.pipeline import convert, write_float
+from moe2gguf.run import Progress, no_progress
 from moe2gguf.runtime import find_runtime
-
-Progress = Callable[[str, int, int], None]  # what, done, total; a total of 0: not known
+from moe2gguf.settings import Calibration
 
 PROMPT = "The old man walked down to the harbour and"
 _N_GENERATED = 40
@@ -84,7 +83,7 @@ def run_demo(
     calibration: Calibration | None = None,
     max_chunks: int = 32,
     n_threads: int | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> DemoResult:
     """Writes the files, their comparison as demo.json and demo.md, and the tools' logs into `workdir`.
 

@@ -171,12 +171,19 @@ def writing_seconds(source: Source, calibration: Calibration, length: int, rates
 
 
 def quantise_seconds(
-    source: Source, calibration: Calibration, length: int, quantizer: Quantizer, rates: Rates, n_threads: int
+    source: Source,
+    calibration: Calibration,
+    length: int,
+    quantizer: Quantizer,
+    rates: Rates,
+    n_threads: int,
+    device: torch.device = CPU,
 ) -> float:
     """The text in two streams, part of it again for router calibration; second moments and their factors for each
     damping; the codes, for a few rows with each damping too; the rest by ggml's encoder, for each stream and for the
     file; experts decoded for each pass through what is quantised. With gradients their second moments too, by the
-    experts' outputs; blocks of rows then wait for each other, which keeps no more than a thread or two busy."""
+    experts' outputs; blocks of rows then wait for each other, which keeps BUSY_WITH_ROWS threads busy for each expert
+    that is quantised at a time."""
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
@@ -213,8 +220,9 @@ def quantise_seconds(
             n_sampled += EMBEDDING_SAMPLE_ROWS * tensor.shape[1]
             n_columns_beside.append(tensor.shape[1])
     n_fed_back += n_of_experts
-    # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
+    # second moments of what experts are given, by both streams
     flops += sum(2 * 2 * n_routed * n**2 for n in n_columns)
+    # the model's own pass; two of what is quantised, of which one stops at the experts; an expert's own, for down
     seconds = 3.5 * n_tokens * layers
     seconds += sum(
         n_matrices * (len(DAMPINGS) + 1) * rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3
@@ -222,7 +230,7 @@ def quantise_seconds(
         for n in own
     ) + sum(rates.factor_seconds * (n / FACTORED_COLUMNS) ** 3 for n in n_outputs)
     if calibration.sensitivity == "gradient":
-        n_threads = min(n_threads, BUSY_WITH_ROWS * chunk_scale(n_threads, quantizer.device))
+        n_threads = min(n_threads, BUSY_WITH_ROWS * chunk_scale(n_threads, device))
     n_held_out = min(n_tokens / HELD_OUT, MAX_HELD_OUT_TOKENS)
     if quantizer.router != "none":
         n_hidden = source.tensor("token_embd.weight").shape[1]

@@ -58,7 +58,7 @@ def balanced_text(
     n_selected: int,
     kv_bytes_per_token: int,
     n_threads: int,
-    on_gpu: bool = False,
+    gpu: int | None = None,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> Balanced:
@@ -76,7 +76,7 @@ def balanced_text(
             n_batch=n_groups * BEAMS,
             n_sequences=n_groups * BEAMS,
             n_threads=n_threads,
-            on_gpu=on_gpu,
+            gpu=gpu,
             observe=selections.callback,
         ) as model,
     ):

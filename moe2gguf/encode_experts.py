@@ -36,10 +36,11 @@ from moe2gguf.feedback import Curvature
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import memory_bytes
 from moe2gguf.moments import HELD_OUT, Sums
+from moe2gguf.run import Progress
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import NO_MATRICES, Matrices, Progress, Streams, Types, put_back
+from moe2gguf.streams import NO_MATRICES, Matrices, Streams, Types, put_back
 
 MAX_HELD_OUT_TOKENS = 1024
 LAYER_SAMPLE_TOKENS = 512

@@ -4,11 +4,12 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import gguf
@@ -18,8 +19,10 @@ from gguf import GGUFValueType as ValueType
 from moe2gguf.alone import alone_in
 from moe2gguf.errors import OutputError
 from moe2gguf.ggml import QuantType
-from moe2gguf.quantize import FilePlan, TensorPlan
+from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors
+from moe2gguf.run import Progress
 from moe2gguf.source import Source
+from moe2gguf.spool import Spool
 
 # the loader of the patched runtime strips it; stock llama.cpp names it as an unknown architecture
 GROUPED_SUFFIX = "+grouped"
@@ -90,8 +93,9 @@ def write_gguf(
         finally:
             writer.close()
         files = sorted(aside.iterdir())
-        for file in (*files, aside):
+        for file in files:
             _sync(file)
+        _sync_folder(aside)
         # the first shard comes last: until it is there, a conversion that is cut off has left nothing to be in the way
         for file in reversed(files):
             os.replace(file, target.path.parent / file.name)
@@ -100,8 +104,32 @@ def write_gguf(
             for old in (target.path, *target.path.parent.glob(f"{escape(target.path.stem)}-0*-of-0*.gguf")):
                 if old not in written:
                     old.unlink(missing_ok=True)
-        _sync(target.path.parent)
+        _sync_folder(target.path.parent)
         return written
+
+
+def write_plan(
+    source: Source,
+    plan: FilePlan,
+    extra_kv: KeyValues,
+    target: Target,
+    n_threads: int,
+    progress: Progress,
+    spool: Spool | None = None,
+    modules: Mapping[str, str] = MappingProxyType({}),
+) -> list[Path]:
+    """As write_gguf, of tensors that are encoded now, or come out of the spool where it has them."""
+    encoded = encode_tensors(
+        plan, n_threads, lambda name, done, total: progress(f"write {name}", done, total), spool, modules
+    )
+    return write_gguf(source, plan, encoded, extra_kv, target)
+
+
+def write_plain(source: Source, plan: FilePlan, outfile: Path, n_threads: int, progress: Progress) -> Path:
+    """A file that nothing is to be said in, in place of the one that is there."""
+    target = Target(outfile, overwrite=True)
+    check_target(target, plan.tensor_bytes)
+    return write_plan(source, plan, {}, target, n_threads, progress)[0]
 
 
 def _sync(path: Path) -> None:
@@ -111,6 +139,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """As far as its file system can: those of other systems refuse."""
+    with suppress(OSError):
+        _sync(path)
 
 
 def file_bytes(source: Source, plan: FilePlan, extra_kv: KeyValues) -> int:

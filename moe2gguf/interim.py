@@ -8,9 +8,10 @@ calibrating-0005/
 
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from moe2gguf.stats import CalibrationStats, load_stats, save_stats
 
 # more often it would cost more than it saves
 INTERIM_SECONDS = 300.0
-PREFIX = "calibrating-"
+INTERIM = re.compile(r"calibrating-\d{4,}(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Interim:
         """Where the last time is long enough ago; the one before goes."""
         if time.monotonic() - self._saved < INTERIM_SECONDS:
             return
-        folder = self._work_folder / f"{PREFIX}{n_passed:04}"
+        folder = self._work_folder / f"calibrating-{n_passed:04}"
         aside = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -68,7 +69,7 @@ class Interim:
             write(aside / f"{i}.f32", state_SLD)
         saved = {"random_state": random_state, "streams": names, "bytes": sizes}
         (aside / "interim.json").write_text(json.dumps(saved))
-        others = [*_folders(self._work_folder)]
+        others = _folders(self._work_folder)
         shutil.rmtree(folder, ignore_errors=True)  # of another request
         os.replace(aside, folder)
         for other in others:
@@ -82,9 +83,8 @@ class Interim:
             try:
                 stats = load_stats(folder / "stats.safetensors")
                 saved = json.loads((folder / "interim.json").read_text())
-                passed = Passed(
-                    folder, int(folder.name.removeprefix(PREFIX)), stats, saved["random_state"], tuple(saved["streams"])
-                )
+                n_passed = int(folder.name.partition("-")[2])
+                passed = Passed(folder, n_passed, stats, saved["random_state"], tuple(saved["streams"]))
                 for i, n_bytes in enumerate(saved["bytes"]):
                     if (folder / f"{i}.f32").stat().st_size != n_bytes:
                         raise ValueError  # the computer stopped before they were on the disk
@@ -96,12 +96,14 @@ class Interim:
 
 
 def remove_interim(work_folder: Path) -> None:
-    for folder in work_folder.glob(f"{PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in work_folder.iterdir():
+        if INTERIM.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folders(work_folder: Path) -> Iterator[Path]:
-    return (folder for folder in work_folder.glob(f"{PREFIX}*") if folder.suffix != ".partial")
+def _folders(work_folder: Path) -> list[Path]:
+    """Those that are whole."""
+    return [folder for folder in work_folder.iterdir() if (name := INTERIM.fullmatch(folder.name)) and not name[1]]
 
 
 def _asked(stats: CalibrationStats) -> tuple[object, ...]:

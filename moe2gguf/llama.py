@@ -6,11 +6,13 @@ import ctypes
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
+
+ALL_GPUS = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,27 @@ def available_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Of this computer."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Of this computer, or what this process may use of it: in a container, or a job of a cluster."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([there, *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _limits(membership: Path, mount: Path) -> Iterator[int]:
+    """Of memory, by the control groups that a process is in and those above them: lines "ID:CONTROLLERS:PATH", of
+    version 2 with ID 0 and without controllers."""
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, name = (mount / "memory", "memory.limit_in_bytes") if controllers else (mount, "memory.max")
+            group = root / path.lstrip("/")
+            # in a container the path may be the host's, of which only the root is there
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):
+                    yield int((folder / name).read_text())
+                if folder == root:
+                    break
 
 
 @contextmanager
@@ -67,11 +88,11 @@ def open_model(
     n_batch: int,
     n_sequences: int,
     n_threads: int,
-    on_gpu: bool = True,
+    gpu: int | None = ALL_GPUS,
     observe: Any = None,
 ) -> Iterator[OpenModel]:
-    """errors is what captured_log yields, observe a ggml_backend_sched_eval_callback. on_gpu: where the library can; if
-    its memory does not hold the file, without.
+    """errors is what captured_log yields, observe a ggml_backend_sched_eval_callback. gpu: the number of the one to
+    use, where the library can; if its memory does not hold the file, or with None, the CPU.
 
     Raises Moe2ggufError with llama.cpp's reason if the file does not load.
     """
@@ -87,7 +108,10 @@ def open_model(
     params.n_threads = params.n_threads_batch = n_threads
     params.no_perf = True
     model_params = llama_cpp.llama_model_default_params()
-    for model_params.n_gpu_layers in (-1, 0) if on_gpu and llama_cpp.llama_supports_gpu_offload() else (0,):
+    if gpu is not None and gpu != ALL_GPUS:
+        model_params.split_mode, model_params.main_gpu = llama_cpp.LLAMA_SPLIT_MODE_NONE, gpu
+    on_gpu = gpu is not None and llama_cpp.llama_supports_gpu_offload()
+    for model_params.n_gpu_layers in (-1, 0) if on_gpu else (0,):
         errors.clear()
         what = f"load {path}"
         if not (model := llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)):

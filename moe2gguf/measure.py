@@ -78,25 +78,27 @@ class Measure:
         sample = layer_sample_tokens(len(x_TD))
         probability_nE = torch.softmax(block.scores(capture.scored()[sample]), dim=-1)
         # as large as gate weights are, however those are made of scores
-        probability_nE *= gates_TK.sum(1).mean() / probability_nE.topk(ids_TK.shape[1]).values.sum(1).mean()
+        # (by numpy: in torch's sum of so many the last digits are the number of threads')
+        mean_gate = float(gates_TK.sum(1).numpy().mean())
+        probability_nE *= mean_gate / probability_nE.topk(ids_TK.shape[1]).values.sum(1).mean()
         jobs: list[Future[np.ndarray]] = []
-        for expert in range(block.n_experts):
-            tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
-            n = len(tokens_n)
-            keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS if gradient_TD is None else MAX_GRADED_TOKENS))
-            # its own tokens weigh g², then tokens of the layer p², blended as the importance is; one token is
-            # added to the count, lest an expert that calibration never met looks free
-            own_n = gates_n[keep].square() * n / max(len(keep), 1)
-            layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(probability_nE)
-            weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
-            token_n = torch.cat([tokens_n[keep], sample])
-            of_expert = _Expert(
-                block, expert, x_TD, gradient_TD, token_n, weight_n, rng.random(),
-                stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert],
-            )  # fmt: skip
-            jobs.append(self.pool.submit(of_expert.errors, self.types))
         found = np.empty((5, block.n_experts, len(self.types)))
         with single_threaded():
+            for expert in range(block.n_experts):
+                tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
+                n = len(tokens_n)
+                keep = torch.from_numpy(_sample(rng, n, MAX_ERROR_TOKENS if gradient_TD is None else MAX_GRADED_TOKENS))
+                # its own tokens weigh g², then tokens of the layer p², blended as the importance is; one token is
+                # added to the count, lest an expert that calibration never met looks free
+                own_n = gates_n[keep].square() * n / max(len(keep), 1)
+                layer_n = probability_nE[:, expert].square() * SHRINKAGE_TOKENS / len(probability_nE)
+                weight_n = torch.cat([own_n, layer_n]) / (n + SHRINKAGE_TOKENS) * (n + 1) / len(x_TD)
+                token_n = torch.cat([tokens_n[keep], sample])
+                of_expert = _Expert(
+                    block, expert, x_TD, gradient_TD, token_n, weight_n, rng.random(),
+                    stats.importance_gate_up_ED[expert], stats.importance_down_EI[expert],
+                )  # fmt: skip
+                jobs.append(self.pool.submit(of_expert.errors, self.types))
             for expert, job in enumerate(jobs):
                 progress(expert, len(jobs))
                 found[:, expert] = job.result()

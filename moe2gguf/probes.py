@@ -201,7 +201,8 @@ def mean_kl(stream: LayerStream, clean_SLD: torch.Tensor, other_SLD: torch.Tenso
     for s, tokens in chunks(clean_SLD):
         clean_LV = torch.log_softmax(stream.logits(clean_SLD[s : s + 1, tokens])[0], -1)
         total += float(_kl(clean_LV, stream.logits(other_SLD[s : s + 1, tokens])[0]).sum())
-    return total / clean_SLD[..., 0].numel()
+    n_sequences, length = clean_SLD.shape[:2]
+    return total / (n_sequences * length)
 
 
 def token_weights(kl_BT: torch.Tensor) -> torch.Tensor:

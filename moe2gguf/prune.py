@@ -20,19 +20,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from moe2gguf.alone import alone_in
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.costs import source_digest
 from moe2gguf.errors import Moe2ggufError, OutputError, SourceError
 from moe2gguf.experts import find_experts
 from moe2gguf.gguf_file import check_space
+from moe2gguf.run import Note, Progress
 from moe2gguf.source import Source, expert_axis
 from moe2gguf.source.checkpoint import WEIGHTS_INDEX, WEIGHTS_SUFFIXES, read_json
 from moe2gguf.source.stored import Shards
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
-
-Progress = Callable[[str, int, int], None]  # what, done, total
-Note = Callable[[str], None]
 
 # in config.json of a pruned checkpoint: what it was made of, and which of its experts are left, by layer
 RECORD = "moe2gguf_pruning"
@@ -103,6 +102,24 @@ def prune(
 
     `request`: digest of what the text depends on; a checkpoint there that answers another one is replaced.
     """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder.parent}: {error.strerror}; choose another") from error
+    with alone_in(folder.parent, lambda: note(f"another run works in {folder.parent}: waiting for it")):
+        _prune(source, share, folder, request, stream, text, progress, note)
+
+
+def _prune(
+    source: Source,
+    share: float,
+    folder: Path,
+    request: str,
+    stream: Callable[[], LayerStream],
+    text: Callable[[], CalibrationText],
+    progress: Progress,
+    note: Note,
+) -> None:
     record = {"source_sha256": source_digest(source), "request": request, "share": share}
     kept = n_kept(source, share)
     if folder.exists():
@@ -113,16 +130,13 @@ def prune(
             note(f"using the pruned checkpoint {folder}")
             return
         note(f"the pruned checkpoint {folder} answers another request: pruning anew")
-        # a folder that is half removed could not be told from a user's
-        old = folder.with_name(f"{folder.name}.old")
+        # under a name of ours: a folder that is half removed could not be told from a user's
+        old = folder.with_name(f".{folder.name}.moe2gguf-old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         shutil.rmtree(old)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder.parent}: {error.strerror}; choose another") from error
-    check_space(folder.parent, folder.name, sum(file.stat().st_size for file in source.path.glob("*.safetensors")))
+    n_bytes = sum((source.path / name).stat().st_size for name in set(Shards.of(source.path).file_of.values()))
+    check_space(folder.parent, folder.name, n_bytes)
     found = saliency(stream(), text().tokens_SL, progress)
     write_pruned(source, {layer: most_salient(s, kept) for layer, s in found.items()}, folder, record, progress)
     gone = [np.sort(s)[: source.n_expert - kept].sum() / s.sum() for s in found.values()]
@@ -171,7 +185,7 @@ def write_pruned(source: Source, kept: Mapping[int, list[int]], folder: Path, re
 
     Raises SourceError for a checkpoint whose experts cannot be told apart.
     """
-    aside = folder.with_name(folder.name + ".partial")
+    aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in source.path.iterdir():

@@ -27,7 +27,7 @@ class Recipe:
     model: str  # its name; the allocation has the checkpoint's digest
     calibration: Calibration  # its files by name alone
     text_digest: str  # sha256 of the token ids
-    quantizer: Quantizer  # its device does not count
+    quantizer: Quantizer
     skipping: Skipping
     prune_share: float
     allocation: Allocation
@@ -61,16 +61,15 @@ class Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """JSON, written aside and renamed."""
-    calibration, quantizer = vars(recipe.calibration).copy(), vars(recipe.quantizer).copy()
+    calibration = vars(recipe.calibration).copy()
     calibration["text_paths"] = [path.name for path in recipe.calibration.text_paths]
-    del quantizer["device"]
     content = {
         "format": FORMAT_VERSION,
         "moe2gguf": __version__,
         "model": recipe.model,
         "calibration": calibration,
         "text_digest": recipe.text_digest,
-        "quantizer": quantizer,
+        "quantizer": vars(recipe.quantizer),
         "skipping": vars(recipe.skipping),
         "prune_share": recipe.prune_share,
         "allocation": to_json(recipe.allocation),

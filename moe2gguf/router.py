@@ -22,10 +22,11 @@ from moe2gguf import backend, ggml
 from moe2gguf.capture import ExpertCapture
 from moe2gguf.experts import CPU
 from moe2gguf.probes import mean_kl
+from moe2gguf.run import Progress
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import Matrices, Progress, Streams, Types, put_back
+from moe2gguf.streams import Matrices, Streams, Types, put_back
 
 # in parts of the mean of the diagonal of a row's second moments; of equals the first is taken
 DAMPINGS = (0.1, 1.0, 0.01)
@@ -189,8 +190,10 @@ def calibrate_routers(
             # together they may do otherwise than each
             judged = Streams(stream, tokens_SL[held_out_S.numpy()], matrices, spool, pool, progress)
             now = through(judged, {index: fits[index].router_ED for index in helps}, types, spool, pool)
-            chosen = {index: (*chosen[index][:2], now[index]) for index in helps}
-            kl_after = mean_kl(stream, exact_HLD, judged.found_SLD)
+            if (kl := mean_kl(stream, exact_HLD, judged.found_SLD)) < kl_after:
+                kl_after, chosen = kl, {index: (*chosen[index][:2], now[index]) for index in helps}
+            else:
+                helps = list(fits)
         if not helps or kl_after >= kl_before:
             helps, chosen, kl_after = [], {}, kl_before
     agreements = [(agreement(exact, before), agreement(exact, after)) for exact, before, after in chosen.values()]

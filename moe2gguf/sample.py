@@ -50,7 +50,7 @@ def sample_text(
     *,
     kv_bytes_per_token: int,
     n_threads: int,
-    on_gpu: bool = False,
+    gpu: int | None = None,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> CalibrationText:
@@ -71,7 +71,7 @@ def sample_text(
             n_batch=n_parallel,
             n_sequences=n_parallel,
             n_threads=n_threads,
-            on_gpu=on_gpu,
+            gpu=gpu,
         ) as model,
     ):
         for first in range(0, n_sequences, n_parallel):

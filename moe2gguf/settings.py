@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from moe2gguf.allocate import MAX_GROUPS
 from moe2gguf.encode_experts import AFFINITY
 from moe2gguf.errors import Moe2ggufError
@@ -68,7 +66,6 @@ class Quantizer:
 
     feedback: bool = True  # False: ggml's encoder alone
     affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     router: str = "qesc"  # "none" leaves routers as they are
     tuning: bool = True  # of routers, norms and the scales of blocks, by gradient
 

@@ -33,9 +33,9 @@ class Skipping:
     prompt_share: float = 0.0  # by the frequency of the expert, in prompts
 
     def check(self, n_selected: int) -> None:
-        """Raises Moe2ggufError for a share of more than all experts but the top one of those selected."""
-        for share, name in ((self.share, "--skip"), (self.prompt_share, "--skip-prompt")):
-            _check_share(share, 1 - 1 / n_selected, name)
+        """Raises Moe2ggufError for shares of more than all experts but the top one of those selected."""
+        _check_share(self.share, 1 - 1 / n_selected, "--skip")
+        _check_share(self.prompt_share, max(0.0, 1 - 1 / n_selected - self.share), "--skip-prompt")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ def _sensitivity(errors: MatrixErrors, stats: CalibrationStats) -> float:
 
 def _check_share(share: float, most: float, name: str) -> None:
     if share > most:
-        raise Moe2ggufError(f"{name} {share:g} is out of reach: all but the top expert make {most:.3f} of activations")
+        raise Moe2ggufError(
+            f"{name} {share:g} is out of reach: beside each token's top expert {most:.3f} of activations are left"
+        )
 
 
 def _cheapest(options: dict[int, _Options], share: float, name: str) -> Thresholds:

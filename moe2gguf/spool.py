@@ -1,7 +1,13 @@
 """What quantisation, which goes layer by layer, leaves for writing, which goes tensor by tensor.
 
-One file per layer in the work folder for its experts and one for its other matrices, one each for the embeddings and
-the head; what is there is not quantised again after a crash.
+experts-0123456789abcdef/
+    layer-0000.safetensors       experts of a layer
+    matrices-0000.safetensors    its other matrices; embeddings and head have files of their own
+    routers.safetensors          routers that are kept
+    scaled/                      layers and matrices with tuned scales
+    tuned.safetensors            routers and norms that are kept
+
+What is there is not quantised again after a crash.
 
 Shapes: N rows, K columns, B bytes of an encoded row.
 """
@@ -22,7 +28,7 @@ from safetensors.numpy import save_file
 # whose 64 bits a weight are in memory at a time
 KEYED_ROWS = 4096
 # of the files, and of what they say: raised when the same statistics and types give other bytes
-FORMAT_VERSION = 12
+FORMAT_VERSION = 13
 
 
 @dataclass(frozen=True)

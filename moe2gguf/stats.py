@@ -54,6 +54,11 @@ class ExpertStats:
     importance_down_EI: np.ndarray  # f32
     drop_harm: DropHarm
 
+    @property
+    def n_cold(self) -> int:
+        """Experts that saw so little text that their importance leans on their layer's average."""
+        return int((self.n_tokens_E < SHRINKAGE_TOKENS).sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixErrors:

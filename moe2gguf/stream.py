@@ -83,13 +83,16 @@ def model_config(folder: Path) -> transformers.PreTrainedConfig:
     """Raises SourceError for a model that transformers does not have."""
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # ValueError where it has no such type; and whatever it raises on a configuration
         names = read_json(folder / "config.json").get("architectures") or [None]
         # Kimi K2 is DeepSeek-V3 under a type of its own
         known = getattr(transformers, str(names[0]), None)
         if known is None:
             raise _not_known(folder, error) from error
-        config = known.config_class.from_pretrained(folder, trust_remote_code=False)
+        try:
+            config = known.config_class.from_pretrained(folder, trust_remote_code=False)
+        except Exception as other:
+            raise _not_known(folder, other) from other
         config.model_type = known.config_class.model_type  # by which weights are converted
         return config
 
@@ -97,7 +100,7 @@ def model_config(folder: Path) -> transformers.PreTrainedConfig:
 def _not_known(folder: Path, error: Exception) -> SourceError:
     return SourceError(
         f"transformers {transformers.__version__} cannot run {folder}, which calibration needs: "
-        f"{str(error).splitlines()[0]}"
+        f"{type(error).__name__}: {' '.join(str(error).split())}"
     )
 
 

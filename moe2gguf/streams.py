@@ -16,11 +16,11 @@ from torch import nn
 from moe2gguf import ggml
 from moe2gguf.experts import CPU, ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
+from moe2gguf.run import Progress
 from moe2gguf.spool import Spool
 from moe2gguf.states import States
 from moe2gguf.stream import LayerStream
 
-Progress = Callable[[str, int, int], None]  # what, done, total
 Types = Mapping[tuple[int, str, int], QuantType]  # layer, matrix, the checkpoint's expert
 
 BATCH_TOKENS = 4096

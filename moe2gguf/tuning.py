@@ -25,11 +25,12 @@ from moe2gguf.costs import gguf_name
 from moe2gguf.experts import CPU, find_experts
 from moe2gguf.quantised_model import QuantisedModel, Weights, tunable
 from moe2gguf.router import TRIALS_BYTES, agreement, held_out
+from moe2gguf.run import Progress
 from moe2gguf.source import Source
 from moe2gguf.spool import Spool, Tuned
 from moe2gguf.states import States, by_sequence
 from moe2gguf.stream import LayerStream
-from moe2gguf.streams import AWAY_BYTES, Matrices, Progress, Streams, Types
+from moe2gguf.streams import AWAY_BYTES, Matrices, Streams, Types
 
 # that take all of the text twice, if it is not too long for that
 N_STEPS = 16
@@ -83,8 +84,10 @@ def tune(
         trial = judge.trial(before, after, range(stream.n_layers + 1))
         helps = {unit for unit, kl in trial.kl_without.items() if kl > trial.kl_after}
         kept = {name: weight for name, weight in after.items() if _unit(name, stream.n_layers) in helps}
-        if len(kept) < len(after):
-            trial = judge.trial(before, before | kept, ())
+        if len(kept) < len(after) and (some := judge.trial(before, before | kept, ())).kl_after < trial.kl_after:
+            trial = some
+        else:
+            kept = dict(after)
         if trial.kl_after >= trial.kl_before:
             kept.clear()
             trial = replace(trial, kl_after=trial.kl_before, agreement=trial.agreement_before)
@@ -304,7 +307,8 @@ class Judge:
         for s, tokens in chunks(hidden_HLD):
             logits_lV = self.model.stream.logits(hidden_HLD[s : s + 1, tokens])[0]
             total += float(self.model.kl(self.exact_HLD[s : s + 1, tokens], logits_lV))
-        return total / hidden_HLD[..., 0].numel()
+        n_sequences, length = hidden_HLD.shape[:2]
+        return total / (n_sequences * length)
 
 
 def describe(tuned: Tuned) -> str:

@@ -325,6 +325,7 @@ def _misplaced_rows(weight_EK: np.ndarray, decoded_EK: np.ndarray) -> list[tuple
     weight_EK, decoded_EK = weight_EK.astype(np.float64), decoded_EK.astype(np.float64)
     square_EE = np.square(weight_EK).sum(1) - 2 * decoded_EK @ weight_EK.T
     square_EE += np.square(decoded_EK).sum(1, keepdims=True)
+    square_EE = square_EE.clip(min=0)  # of equal rows it may come out below
     nearest_E = square_EE.argmin(1)
     rows_E = np.arange(len(weight_EK))
     is_misplaced_E = square_EE[rows_E, rows_E] > _TIE * square_EE[rows_E, nearest_E]

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 
-from moe2gguf import pipeline
 from moe2gguf.evaluate import Evaluation, evaluate, held_out_text
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.llama import available_cores
-from moe2gguf.pipeline import Calibration, Quantizer
+from moe2gguf.pipeline import convert, write_float
 from moe2gguf.provenance import ROUTER_KEY
+from moe2gguf.settings import Calibration, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main(
         "ebss": Calibration(writer="ebss", seed=seed),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    base = pipeline.write_float(model, folder / "base.gguf")
+    base = write_float(model, folder / "base.gguf")
     names = [field.name.replace("_", " ") for field in dataclasses.fields(Variant)]
     heads = "".join(f" {name}: KLD | perplexity | same top |" for name in texts)
     click.echo(f"| bits | bytes | {' | '.join(names)} |{heads} mean KLD |")
@@ -98,7 +98,7 @@ def main(
                 if not any(read_gguf(with_qesc).kv[ROUTER_KEY]):
                     path = with_qesc
             if not path.exists():
-                pipeline.convert(
+                convert(
                     model,
                     path,
                     bits=wanted,

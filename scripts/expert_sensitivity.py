@@ -15,10 +15,13 @@ import scipy.stats
 import torch
 import transformers
 
-from moe2gguf import ggml, pipeline
+from moe2gguf import ggml
 from moe2gguf.experts import find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.llama import available_cores
+from moe2gguf.pipeline import calibrated
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration
 from moe2gguf.source import open_source
 
 BATCH_SEQUENCES = 4
@@ -33,8 +36,8 @@ BATCH_SEQUENCES = 4
 @torch.inference_mode()
 def main(model: str, folder: Path, calibration_text: tuple[Path, ...], layers: str, quant_type: str) -> None:
     source, chosen = open_source(model), QuantType[quant_type]
-    calibration = pipeline.Calibration(text_paths=calibration_text, sensitivity="gradient")
-    stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=available_cores(), note=click.echo)
+    calibration = Calibration(text_paths=calibration_text, sensitivity="gradient")
+    stats = calibrated(source, calibration, Run(folder / "work", available_cores(), note=click.echo))
     n_sequences, length = stats.tokens_SL.shape
     probed = np.linspace(0, n_sequences - 1, stats.n_probe_tokens // length).round().astype(int)
     batches = torch.from_numpy(stats.tokens_SL[probed]).long().split(BATCH_SEQUENCES)

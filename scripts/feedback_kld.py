@@ -22,9 +22,11 @@ from moe2gguf.evaluate import Evaluation, evaluate
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import available_cores
-from moe2gguf.pipeline import Calibration, calibrated, write_float
+from moe2gguf.pipeline import calibrated, write_float
 from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors
+from moe2gguf.run import Run
 from moe2gguf.runtime import tool
+from moe2gguf.settings import Calibration
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Spool
 from moe2gguf.stats import CalibrationStats
@@ -63,9 +65,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     source, n_threads = open_source(arguments.model), available_cores()
-    stats = calibrated(
-        source, Calibration(tuple(arguments.calib), arguments.sequences), arguments.work, n_threads=n_threads
-    )
+    calibration = Calibration(tuple(arguments.calib), n_sequences=arguments.sequences)
+    stats = calibrated(source, calibration, Run(arguments.work, n_threads))
     base = arguments.work / "base.gguf"
     if not base.exists():
         write_float(arguments.model, base)

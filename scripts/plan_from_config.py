@@ -20,8 +20,8 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from moe2gguf.pipeline import Budget, Calibration, Choice
 from moe2gguf.plan import make_plan, render_plan
+from moe2gguf.settings import Budget, Calibration, Choice
 from moe2gguf.source.checkpoint import TOKENIZER_FILES, resolve_model
 
 

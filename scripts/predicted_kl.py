@@ -13,13 +13,16 @@ from pathlib import Path
 import click
 import scipy.stats
 
-from moe2gguf import pipeline
 from moe2gguf.costs import cost_table
 from moe2gguf.evaluate import evaluate, held_out_text
+from moe2gguf.fitting import fit_budget
 from moe2gguf.ggml import QuantType, bits_per_weight
 from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import available_cores
+from moe2gguf.pipeline import calibrated, write_float
 from moe2gguf.quantize import encode_tensors, plan_file
+from moe2gguf.run import Run
+from moe2gguf.settings import Budget, Calibration, Choice
 from moe2gguf.source import open_source
 
 UNIFORM = tuple(QuantType[name] for name in ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
@@ -52,21 +55,19 @@ def main(
     bits: str,
 ) -> None:
     source = open_source(model)
-    calibration = pipeline.Calibration(
-        text_paths=calibration_text, n_probe_tokens=probe_tokens, sensitivity=sensitivity
-    )
+    calibration = Calibration(text_paths=calibration_text, n_probe_tokens=probe_tokens, sensitivity=sensitivity)
     n_threads = available_cores()
-    stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=n_threads, note=click.echo)
-    base = pipeline.write_float(model, folder / "base.gguf", ftype="bf16")
+    stats = calibrated(source, calibration, Run(folder / "work", n_threads, note=click.echo))
+    base = write_float(model, folder / "base.gguf", ftype="bf16")
 
-    def build(name: str, expert_bits: float, choice: pipeline.Choice) -> Row:
+    def build(name: str, expert_bits: float, choice: Choice) -> Row:
         table = cost_table(source, stats, layout=choice.layout, types=choice.types, overrides=choice.overrides)
         n_expert_params = sum(u.n_rows * u.n_columns for u in table.units if u.expert is not None)
         q8_0 = table.types.index(QuantType.Q8_0)
         others = sum(int(table.bytes_UJ[i, q8_0]) for i, u in enumerate(table.units) if u.expert is None)
         budget_bytes = table.fixed_bytes + others + int(expert_bits / 8 * n_expert_params)
-        budget = pipeline.Budget(bits=budget_bytes * 8 / source.n_params)
-        allocation, _ = pipeline.fit_budget(source, stats, table, budget, choice)
+        budget = Budget(bits=budget_bytes * 8 / source.n_params)
+        allocation, _ = fit_budget(source, stats, table, budget, choice)
         plan = plan_file(source, table, allocation, stats)
         exact = [
             t if t.expert_matrices or not t.source.quantisable else dataclasses.replace(t, quant_type=QuantType.BF16)
@@ -81,12 +82,12 @@ def main(
         build(
             t.name,
             bits_per_weight(t),
-            pipeline.Choice("stock", types=(t, QuantType.Q8_0), overrides=(*OTHERS_TO_Q8_0, (r"_exps\.", t))),
+            Choice("stock", types=(t, QuantType.Q8_0), overrides=(*OTHERS_TO_Q8_0, (r"_exps\.", t))),
         )
         for t in UNIFORM
     ]
     for layout in ("stock", "grouped"):
-        choice = pipeline.Choice(layout, overrides=OTHERS_TO_Q8_0)
+        choice = Choice(layout, overrides=OTHERS_TO_Q8_0)
         rows += [build(f"{layout}-{b}", float(b), choice) for b in bits.split(",")]
 
     content = text.read_text(encoding="utf-8") if text else held_out_text(300_000)

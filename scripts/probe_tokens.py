@@ -11,10 +11,13 @@ from pathlib import Path
 
 import click
 
-from moe2gguf import pipeline
 from moe2gguf.allocate import Allocation
 from moe2gguf.costs import CostTable, cost_table
+from moe2gguf.fitting import fit_budget
 from moe2gguf.llama import available_cores
+from moe2gguf.pipeline import calibrated
+from moe2gguf.run import Run
+from moe2gguf.settings import Budget, Calibration, Choice
 from moe2gguf.source import open_source
 
 
@@ -36,18 +39,14 @@ def main(
     seed: int,
 ) -> None:
     source = open_source(model)
-    calibration = pipeline.Calibration(text_paths=calibration_text, seed=seed)
-    budgets = [pipeline.Budget(float(b)) for b in bits.split(",")]
+    calibration = Calibration(text_paths=calibration_text, seed=seed)
+    budgets = [Budget(float(b)) for b in bits.split(",")]
 
     def allocations(n_tokens: int, layout: str) -> tuple[CostTable, list[Allocation]]:
-        stats = pipeline.calibrated(
-            source,
-            dataclasses.replace(calibration, n_probe_tokens=n_tokens),
-            folder / f"work-{n_tokens}",
-            n_threads=available_cores(),
-        )
-        table, choice = cost_table(source, stats, layout=layout), pipeline.Choice(layout)
-        return table, [pipeline.fit_budget(source, stats, table, budget, choice)[0] for budget in budgets]
+        run = Run(folder / f"work-{n_tokens}", available_cores())
+        stats = calibrated(source, dataclasses.replace(calibration, n_probe_tokens=n_tokens), run)
+        table, choice = cost_table(source, stats, layout=layout), Choice(layout)
+        return table, [fit_budget(source, stats, table, budget, choice)[0] for budget in budgets]
 
     print("layout   tokens " + "".join(f"{budget.bits:9.2f}" for budget in budgets))
     for layout in ("grouped", "stock"):

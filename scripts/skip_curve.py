@@ -12,14 +12,16 @@ from pathlib import Path
 
 import click
 
-from moe2gguf import pipeline
 from moe2gguf.evaluate import evaluate, held_out_text
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, write_gguf
 from moe2gguf.llama import available_cores
+from moe2gguf.pipeline import calibrated
 from moe2gguf.plot import plot_skipping
 from moe2gguf.provenance import skip_values
 from moe2gguf.quantize import encode_tensors, plan_uniform
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration
 from moe2gguf.skip import Skipping
 from moe2gguf.source import Source, open_source
 
@@ -39,8 +41,8 @@ def main(
 ) -> None:  # fmt: skip
     os.environ["LLAMA_EXPERT_SKIP_COUNT"] = "1"
     source = open_source(model)
-    calibration = pipeline.Calibration(text_paths=calibration_text)
-    stats = pipeline.calibrated(source, calibration, folder / "work", n_threads=available_cores(), note=click.echo)
+    calibration = Calibration(text_paths=calibration_text)
+    stats = calibrated(source, calibration, Run(folder / "work", available_cores(), note=click.echo))
     held_out = text.read_text(encoding="utf-8") if text else held_out_text(chunks * 3000)
     base = write(source, folder / "base.gguf", {})
     wanted = [("ratio", Skipping(float(share))) for share in shares.split(",")]

@@ -10,8 +10,9 @@ import pytest
 
 from moe2gguf.errors import RuntimeMissing
 from moe2gguf.ggml import QuantType
-from moe2gguf.pipeline import Calibration, ConvertResult, convert
+from moe2gguf.pipeline import ConvertResult, convert
 from moe2gguf.runtime import find_runtime
+from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from tests.tiny_moe import CORPUS, make_tiny
@@ -69,13 +70,19 @@ def small_calibration(small_text: Path) -> Calibration:
 
 @contextmanager
 def cheap_measurements():
-    """Smaller samples and faster probe types than calibration's own, where a test is not about costs."""
+    """Smaller samples, faster probe types and fewer steps than a conversion's own, where a test is not about these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe2gguf.measure.MAX_ERROR_ROWS", 16)
         patch.setattr("moe2gguf.measure.MAX_MATRIX_ROWS", 32)
         patch.setattr("moe2gguf.probes.EXPERT_PROBE_TYPES", (QuantType.Q2_K, QuantType.Q3_K))
         patch.setattr("moe2gguf.probes.MATRIX_PROBE_TYPES", (QuantType.Q3_K,))
+        patch.setattr("moe2gguf.tuning.N_STEPS", 4)
         yield
+
+
+def quantizer_of(layout: str) -> Quantizer:
+    """Of what `converted` makes: error feedback does not know layouts, and takes half of the time."""
+    return Quantizer(feedback=layout == "grouped")
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +109,7 @@ def converted(
                         bits=bits,
                         layout=layout,
                         calibration=small_calibration,
+                        quantizer=quantizer_of(layout),
                         work_folder=out / "work",
                         note=said.append,
                     )

@@ -17,13 +17,16 @@ import pytest
 pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
 
 from moe2gguf import pipeline, sample
-from moe2gguf.experts import CPU
+from moe2gguf.calibration_text import text_of
 from moe2gguf.gguf_reader import read_gguf
-from moe2gguf.pipeline import Calibration, convert
+from moe2gguf.pipeline import convert
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration
 from moe2gguf.source import layer_of, open_source
 from moe2gguf.stats import load_stats
 from moe2gguf.text import CalibrationText
 from moe2gguf.verify import verify_file
+from moe2gguf.work_folder import STATS
 from tests.conftest import LAYOUTS, MIDDLE_BITS, N_EXPERTS, Converted, cheap_measurements
 from tests.dequantised import dequantised_checkpoint, dequantised_tensors
 from tests.gguf_files import rewritten
@@ -213,7 +216,7 @@ def test_experts_of_large_models_write_in_fewer_bits(
 
     monkeypatch.setattr(pipeline, "sample_text", sample_text)
     monkeypatch.setattr(sample, "MANY_PARAMS", source.n_params)
-    text = pipeline.text_of(source, calibration, tmp_path, 2, CPU, lambda *_: None, lambda _: None)()
+    text = text_of(source, calibration, Run(tmp_path, 2))()
     assert text.tokens_SL.shape == (2, 32) and types == {True: {"Q4_0"}, False: {"Q8_0", "F32"}}
 
 
@@ -226,7 +229,7 @@ def test_the_model_writes_its_own_text(needs_runtime: None, tiny: Callable[..., 
             for n in ("first", "again")
         )
     assert first.path.read_bytes() == again.path.read_bytes()
-    stats = load_stats(first.stats_path)
+    stats = load_stats(first.calibration_text.with_name(STATS))
     assert (stats.text, stats.n_tokens) == ("self-sampled", 128)
     assert len(first.calibration_text.read_text(encoding="utf-8")) > 64
     # the file that it sampled from is gone

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from moe2gguf.calibrate import RATIO_BINS, Progress, calibrate
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
-from moe2gguf.pipeline import Calibration, calibrated, no_progress
+from moe2gguf.pipeline import calibrated
+from moe2gguf.run import Run, no_progress
+from moe2gguf.settings import Calibration
 from moe2gguf.source import open_source
 from moe2gguf.stats import FORMAT_VERSION, SHRINKAGE_TOKENS, CalibrationStats, load_stats, save_stats
 from moe2gguf.stream import LayerStream
@@ -279,7 +281,7 @@ def test_only_the_same_request_is_answered_from_the_file(
 
     def notes(calibration: Calibration = request, of=source) -> tuple[CalibrationStats, list[str]]:
         said: list[str] = []
-        stats = calibrated(of, calibration, tmp_path / "work", n_threads=2, note=said.append)
+        stats = calibrated(of, calibration, Run(tmp_path / "work", 2, note=said.append))
         return stats, [note for note in said if "σ" not in note]
 
     first, said = notes()

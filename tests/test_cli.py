@@ -17,10 +17,11 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moe2gguf import pipeline
+from moe2gguf.alone import alone_in
 from moe2gguf.cli import _Size, main
 from moe2gguf.costs import CANDIDATES
 from moe2gguf.record import load_record
+from moe2gguf.text import load_tokenizer
 from tests.conftest import cheap_measurements
 from tests.tiny_moe import make_tiny
 
@@ -207,12 +208,14 @@ def test_stages_make_the_same_file(done, small_text, tmp_path):
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"3\.(5\d\d|600) bits per weight, predicted KL \d\.\d{4}: .*a\.json\n", result.stdout)
     outfile = tmp_path / "q.gguf"
-    result = run("quantize", done.folder, "--stats", stats, "--allocation", allocation, "--outfile", outfile)
+    with cheap_measurements():
+        result = run("quantize", done.folder, "--stats", stats, "--allocation", allocation, "--outfile", outfile)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{outfile}  {outfile.stat().st_size:,} bytes\n"
 
     whole = tmp_path / "c.gguf"
-    result = run("convert", done.folder, "--bits", 3.6, *request(done, small_text), "--outfile", whole)
+    with cheap_measurements():
+        result = run("convert", done.folder, "--bits", 3.6, *request(done, small_text), "--outfile", whole)
     assert result.exit_code == 0, result.output
     assert "using the statistics in" in result.stderr and "layer 1/2: statistics" not in result.stderr
     assert f"{whole}  {whole.stat().st_size:,} bytes" in result.stdout
@@ -271,11 +274,19 @@ def test_begin_anew(tiny, small_text, tmp_path):
     command = ["calibrate", tiny("qwen3_moe"), "--text", small_text, *few, "--work", tmp_path]
     with cheap_measurements():
         run(*command)
-        (tmp_path / "experts-0").mkdir()
-        (tmp_path / "ours.txt").touch()
-        resumed, anew = run(*command, "--resume"), run(*command, "--no-resume")
+        (tmp_path / "experts-0123456789abcdef").mkdir()
+        (tmp_path / "pruned-4-of-6" / "model").mkdir(parents=True)
+        users = ("experts-data", "pruned-olmoe", "calibrating-x")
+        for name in users:
+            (tmp_path / name).mkdir()
+        resumed = run(*command, "--resume")
+        with alone_in(tmp_path / "experts-0123456789abcdef"):  # another run quantises
+            refused = run(*command, "--no-resume")
+        assert (tmp_path / "stats.safetensors").exists()
+        anew = run(*command, "--no-resume")
+    assert_sentence(refused, "another run works in .*experts-0123456789abcdef")
     assert "using the statistics in" in resumed.stderr and "using the statistics in" not in anew.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"calibration.txt", "stats.safetensors", "ours.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration.txt", "stats.safetensors", *users}
 
 
 def test_the_plan_of_beginning_anew(done, small_text):
@@ -472,7 +483,7 @@ def test_what_was_calibrated_on_is_not_overwritten(command, tiny, small_text, tm
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--skip", 0.6], r"--skip 0\.6 is out of reach: all but the top expert make 0\.500"),
+        (["--skip", 0.6], r"--skip 0\.6 is out of reach: beside each token.s top expert 0\.500"),
         (["--skip-prompt", 0.6], r"--skip-prompt 0\.6 is out of reach"),
         (["--allocator", "pmq", "--layout", "stock"], "--allocator pmq gives every expert a type of its own"),
         (["--allocator", "pmq", "--max-groups", 2], "pmq has 3 types of experts, --max-groups 2"),
@@ -493,13 +504,13 @@ def test_what_cannot_be_is_said_before_the_work(options, text, tiny, small_text,
 
 def test_what_cannot_be_calibrated_is_said_before_text_is_written(tiny, tmp_path, monkeypatch):
     """The model is written, and its text, only for one that runs and whose tokenizer is read."""
-    monkeypatch.setattr("moe2gguf.pipeline.write_gguf", None)
+    monkeypatch.setattr("moe2gguf.calibration_text.write_plain", None)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     custom = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(custom))
-    honest = pipeline.load_tokenizer
+    honest = load_tokenizer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe2gguf.pipeline.load_tokenizer", lambda _: honest(tmp_path))
+        patch.setattr("moe2gguf.calibration_text.load_tokenizer", lambda _: honest(tmp_path))
         for command in (
             ["convert", "--bits", 3.6, "--outfile", tmp_path / "x.gguf"],
             ["calibrate", "--work", tmp_path],
@@ -537,19 +548,26 @@ def test_a_full_disk(tiny, small_text, tmp_path, monkeypatch):
 
 
 def test_a_recipe_without_feedback_says_what_was_done(done, small_text, tmp_path):
-    """Routers and scales are left as they are, whatever else was asked for."""
+    """Routers and scales are left as they are."""
     arguments = ["convert", done.folder, "--bits", 3.6, *request(done, small_text), "--outfile", tmp_path / "x.gguf"]
     with cheap_measurements():
-        result = run(*arguments, "--no-feedback", "--router", "qesc", "--recipe", tmp_path / "recipe.json")
+        result = run(*arguments, "--no-feedback", "--recipe", tmp_path / "recipe.json")
     assert result.exit_code == 0, result.output
     quantizer = json.loads((tmp_path / "recipe.json").read_text())["quantizer"]
     assert not quantizer["feedback"] and quantizer["router"] == "none" and not quantizer["tuning"]
-    # a plan of the replay is of what the recipe says
-    plan = run(
-        *("convert", done.folder, "--recipe", tmp_path / "recipe.json", "--text", small_text, "--work", done.work),
-        "--dry-run",
-    )
-    assert plan.exit_code == 0 and "provisional" not in plan.stdout, plan.output
+    # a plan of the replay is of what the recipe says, without statistics too
+    replay = ["convert", done.folder, "--recipe", tmp_path / "recipe.json", "--text", small_text]
+    n_bytes = json.loads((tmp_path / "recipe.json").read_text())["allocation"]["tensor_bytes"]
+    for work in (done.work, tmp_path / "empty"):
+        plan = run(*replay, "--work", work, "--outfile", tmp_path / "y.gguf", "--dry-run")
+        assert plan.exit_code == 0 and "provisional" not in plan.stdout, plan.output
+        assert f"{n_bytes:,} bytes" in plan.stdout and "mean KL divergence" in plan.stdout
+
+
+@pytest.mark.parametrize("options", [["--router", "qesc"], ["--tune"]])
+def test_what_comes_after_error_feedback_and_none(options, tiny):
+    result = run("convert", tiny("qwen3_moe"), "--bits", 3.6, "--no-feedback", *options)
+    assert result.exit_code == 2 and f"{' '.join(options)} comes after error feedback" in result.stderr
 
 
 def test_thresholds_in_a_file_for_any_runtime(done, small_text, tmp_path):

@@ -18,8 +18,10 @@ from moe2gguf.costs import (
 )
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
-from moe2gguf.pipeline import Quantizer, calibrated, convert
+from moe2gguf.pipeline import calibrated, convert
 from moe2gguf.quantize import plan_file
+from moe2gguf.run import Run
+from moe2gguf.settings import Quantizer
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import MatrixErrors, load_stats
 from tests.conftest import cheap_measurements
@@ -114,7 +116,7 @@ def test_a_tied_embedding_is_quantised_as_the_head(tiny, small_calibration, tmp_
     source = open_source(tiny("granitemoe", tie_word_embeddings=True))
     assert not any(tensor.name == "output.weight" for tensor in source.tensors)
     with cheap_measurements():
-        stats = calibrated(source, small_calibration, tmp_path, n_threads=2)
+        stats = calibrated(source, small_calibration, Run(tmp_path, 2))
     unit = next(unit for unit in cost_table(source, stats).units if unit.name == "token_embd.weight")
     assert unit.importance == "lm_head" and unit.role == "output"
     plan = plan_file(source, cost_table(source, stats), allocate(cost_table(source, stats), 2_500_000), stats)

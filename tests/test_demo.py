@@ -7,8 +7,8 @@ from rich.console import Console
 
 from moe2gguf.demo import DemoResult, DemoRow, caption, render_demo, run_demo
 from moe2gguf.errors import RuntimeMissing
-from moe2gguf.pipeline import Calibration
 from moe2gguf.runtime import find_runtime
+from moe2gguf.settings import Calibration
 
 
 def row(label: str, file_bytes: int, kld: float | None) -> DemoRow:

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moe2gguf import pipeline
 from moe2gguf.durations import measured_rates
 from moe2gguf.experts import CPU
-from moe2gguf.pipeline import Calibration, convert
+from moe2gguf.pipeline import convert
+from moe2gguf.settings import Calibration
 from moe2gguf.source import open_source
 from moe2gguf.stream import LayerStream
 from tests.conftest import MIDDLE_BITS, cheap_measurements

@@ -15,10 +15,13 @@ from moe2gguf.capture import ExpertCapture
 from moe2gguf.dtypes import settled, speed_of_bf16
 from moe2gguf.errors import DeviceError
 from moe2gguf.experts import CPU, find_experts
-from moe2gguf.pipeline import Calibration, calibrated, request_digest
+from moe2gguf.pipeline import calibrated
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.stream import LayerStream
+from moe2gguf.work_folder import request_digest
 from tests.conftest import cheap_measurements
 from tests.test_stream import SMALL, TOKENS_BL, streamed
 from tests.tiny_configs import MODEL_TYPES
@@ -138,7 +141,7 @@ def both(tiny: Callable[..., Path], small_text: Path, tmp_path_factory: pytest.T
         calibration = Calibration((small_text,), n_sequences=8, sequence_tokens=64, n_probe_tokens=256, dtype=dtype)
         work = tmp_path_factory.mktemp(dtype)
         with cheap_measurements():
-            stats = calibrated(source, calibration, work, n_threads=2)
+            stats = calibrated(source, calibration, Run(work, 2))
         assert stats.request == request_digest(source, calibration)
         assert stats.dtype == dtype == load_stats(work / "stats.safetensors").dtype
         found.append(stats)

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from moe2gguf import ebss, pipeline
+from moe2gguf import ebss
+from moe2gguf.calibration_text import text_of
 from moe2gguf.capture import LayerCapture
 from moe2gguf.ebss import balance, balanced_text, is_repetitive
 from moe2gguf.errors import Moe2ggufError
-from moe2gguf.experts import CPU, find_experts
+from moe2gguf.experts import find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import Target, write_gguf
 from moe2gguf.llama import captured_log, open_model
+from moe2gguf.pipeline import calibrated, write_float
 from moe2gguf.quantize import encode_tensors, plan_uniform
+from moe2gguf.run import Run
 from moe2gguf.sample import decode, first_token
+from moe2gguf.settings import Calibration
 from moe2gguf.source import KeyValue, open_source
 from moe2gguf.stream import LayerStream
 from tests.conftest import cheap_measurements
@@ -37,7 +41,7 @@ def folder(tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def writer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.write_float(folder, tmp_path_factory.mktemp("ebss") / "float.gguf", ftype="f32")
+    return write_float(folder, tmp_path_factory.mktemp("ebss") / "float.gguf", ftype="f32")
 
 
 @pytest.fixture(autouse=True)
@@ -189,16 +193,16 @@ def test_every_architecture_writes(
     """Of random weights some repeat one token for ever."""
     monkeypatch.setattr(ebss, "is_repetitive", lambda _: False)
     source, said = open_source(tiny(model_type)), list[str]()
-    calibration = pipeline.Calibration(n_sequences=3, sequence_tokens=24)
-    text = pipeline.text_of(source, calibration, tmp_path, 1, CPU, lambda *_: None, said.append)()
+    calibration = Calibration(n_sequences=3, sequence_tokens=24)
+    text = text_of(source, calibration, Run(tmp_path, 1, note=said.append))()
     assert text.tokens_SL.shape == (3, 24) and said == ["self-sampled texts rejected because they repeat themselves: 0"]
 
 
 def test_calibrating_on_it(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    calibration = pipeline.Calibration(n_sequences=4, sequence_tokens=32, n_probe_tokens=32)
+    calibration = Calibration(n_sequences=4, sequence_tokens=32, n_probe_tokens=32)
     with cheap_measurements():
-        stats = pipeline.calibrated(open_source(folder), calibration, tmp_path, n_threads=2, note=said.append)
+        stats = calibrated(open_source(folder), calibration, Run(tmp_path, 2, note=said.append))
     assert stats.text == "expert-balanced self-sampling" and stats.tokens_SL.shape == (4, 32)
     assert any("because they repeat themselves: 0" in line for line in said)
     assert any("uses the experts to within σ = " in line for line in said)

@@ -18,11 +18,14 @@ from moe2gguf.encode_matrices import InputMoments
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.imatrix import read_imatrix, write_imatrix
+from moe2gguf.pipeline import convert
+from moe2gguf.settings import Calibration
 from moe2gguf.source import open_source
 from moe2gguf.spool import Spool
 from moe2gguf.stats import load_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import Matrix, Streams
+from moe2gguf.work_folder import STATS
 from tests.conftest import cheap_measurements
 
 CPU = torch.device("cpu")
@@ -134,14 +137,14 @@ def test_rows_are_found_in_another_order(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_columns_that_the_converter_moves(
-    tiny: Callable[..., Path], small_calibration: pipeline.Calibration, tmp_path: Path
+    tiny: Callable[..., Path], small_calibration: Calibration, tmp_path: Path
 ) -> None:
     """Qwen3.5's linear attention has more heads of values than of keys, and other places for them in a GGUF: the file's
     columns weigh what they do in the model, in the importance matrix too."""
     source = open_source(tiny("qwen3_5_moe_text"))
     with cheap_measurements():
-        result = pipeline.convert(source.path, tmp_path / "a.gguf", bits=3.6, calibration=small_calibration)
-    stats = load_stats(result.stats_path)
+        result = convert(source.path, tmp_path / "a.gguf", bits=3.6, calibration=small_calibration)
+    stats = load_stats(result.calibration_text.with_name(STATS))
     write_imatrix(tmp_path / "imatrix.gguf", source, cost_table(source, stats, layout="stock"), stats)
     tensor, module = source.tensor("blk.0.ssm_out.weight"), "layers.0.linear_attn.out_proj"
     with torch.inference_mode(), LayerStream(source.path).layer(0) as layer:
@@ -158,7 +161,7 @@ def test_columns_that_the_converter_moves(
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "qwen2_moe"])
 def test_the_file_has_them(
     tiny: Callable[..., Path],
-    small_calibration: pipeline.Calibration,
+    small_calibration: Calibration,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
@@ -168,7 +171,7 @@ def test_the_file_has_them(
     encode = quantize._encode
     monkeypatch.setattr(quantize, "_encode", lambda tensor, *rest: by_ggml.append(tensor.name) or encode(tensor, *rest))
     folder = tiny(model_type)
-    done = pipeline.convert(folder, tmp_path / "a.gguf", bits=4.5, calibration=small_calibration, n_threads=2)
+    done = convert(folder, tmp_path / "a.gguf", bits=4.5, calibration=small_calibration, n_threads=2)
     source, header = open_source(folder), read_gguf(done.path)
     beside = [t for t in source.tensors if t.quantisable and "_exps" not in t.name and len(t.shape) == 2]
     stored = {tensor.name: tensor for tensor in header.tensors}
@@ -193,7 +196,7 @@ class _Stop(Exception):
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_gradients_say_reaches_quantisation(
     tiny: Callable[..., Path],
-    small_calibration: pipeline.Calibration,
+    small_calibration: Calibration,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tied: bool,
@@ -207,7 +210,7 @@ def test_what_gradients_say_reaches_quantisation(
 
     monkeypatch.setattr(pipeline, "encode_experts", stop)
     with pytest.raises(_Stop):
-        pipeline.convert(
+        convert(
             tiny("qwen3_moe", tie_word_embeddings=tied), tmp_path / "a.gguf", bits=4.5,
             calibration=small_calibration, n_threads=2,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.gguf_file import Target
 from moe2gguf.imatrix import read_imatrix, write_imatrix
 from moe2gguf.pipeline import write_allocation, write_float
+from moe2gguf.run import Run
 from moe2gguf.runtime import tool
 
 
@@ -56,7 +57,7 @@ def test_quantising_with_a_file_of_llama_imatrix(converted, source, stats, tmp_p
         stats,
         converted("qwen3_moe").results["grouped"].allocation,
         Target(tmp_path / "out.gguf"),
-        2,
+        Run(tmp_path, 2),
         imatrix=theirs,
     )
     importance = read_imatrix(theirs)["blk.1.ffn_down_exps.weight"]
@@ -107,7 +108,7 @@ def test_wrong_files_are_refused(converted, source, stats, tmp_path, tensors, co
     path = imatrix_of(tmp_path / "i.gguf", tensors)
     allocation = converted("qwen3_moe").results["grouped"].allocation
     with pytest.raises(Moe2ggufError, match=complaint):
-        write_allocation(source, stats, allocation, Target(tmp_path / "o.gguf"), 2, imatrix=path)
+        write_allocation(source, stats, allocation, Target(tmp_path / "o.gguf"), Run(tmp_path, 2), imatrix=path)
     assert not (tmp_path / "o.gguf").exists()
 
 

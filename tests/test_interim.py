@@ -9,7 +9,7 @@ import pytest
 
 from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.ggml import QuantType
-from moe2gguf.interim import PREFIX, Interim, remove_interim
+from moe2gguf.interim import Interim, remove_interim
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
@@ -53,7 +53,7 @@ def test_cut_off_calibrations_go_on(
     whole = calibrated(model, tmp_path / "whole", lambda *_: None)
     with pytest.raises(CutOff):
         calibrated(model, work, cut_off)
-    assert [path.name for path in work.glob(f"{PREFIX}*")] == [f"{PREFIX}{n_passed:04}"]
+    assert [path.name for path in work.glob("calibrating-*")] == [f"calibrating-{n_passed:04}"]
     passed = Interim(work).load(whole)
     assert passed is not None and passed.n_passed == n_passed
     for changed in ({"request": "other"}, {"seed": 1}, {"digest": "of other text"}):
@@ -61,13 +61,13 @@ def test_cut_off_calibrations_go_on(
     assert_same(calibrated(model, work, lambda what, *_: said.append(what)), whole)
     assert not any(what.startswith(f"layer {layer}/2: statistics") for what in said for layer in range(1, n_passed + 1))
     remove_interim(work)
-    assert not [*work.glob(f"{PREFIX}*")]
+    assert not [*work.glob("calibrating-*")]
 
 
 def test_what_is_damaged_is_made_anew(tiny: Callable[..., Path], tmp_path: Path, at_every_layer: None) -> None:
     model = tiny("qwen3_moe", hidden=64, intermediate=32)
     whole = calibrated(model, tmp_path, lambda *_: None)
-    (left,) = tmp_path.glob(f"{PREFIX}*")
+    (left,) = tmp_path.glob("calibrating-*")
     for name, text in (("interim.json", "{"), ("stats.safetensors", "")):
         (left / name).write_text(text)
         assert Interim(tmp_path).load(whole) is None
@@ -84,7 +84,7 @@ def test_streams_that_are_cut_off_are_none(tiny: Callable[..., Path], tmp_path: 
 
     with pytest.raises(CutOff):
         calibrated(model, tmp_path, cut_off)
-    (left,) = tmp_path.glob(f"{PREFIX}*")
+    (left,) = tmp_path.glob("calibrating-*")
     (left / "0.f32").write_bytes((left / "0.f32").read_bytes()[:-4])
     whole = calibrated(model, tmp_path / "whole", lambda *_: None)
     assert Interim(tmp_path).load(whole) is None
@@ -103,7 +103,7 @@ def test_what_another_request_left_is_not_in_the_way(
     for request in ("one", "other"):  # both after one layer
         with pytest.raises(CutOff):
             calibrated(model, tmp_path, cut_off, request)
-    (left,) = tmp_path.glob(f"{PREFIX}*")
+    (left,) = tmp_path.glob("calibrating-*")
     assert load_stats(left / "stats.safetensors").request == "other"
 
 

@@ -15,7 +15,7 @@ from moe2gguf.capture import LayerCapture, MatrixCapture, tokens_of
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.measure import ExpertErrors, Measure, likely_sample
-from moe2gguf.pipeline import no_progress
+from moe2gguf.run import no_progress
 from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, MatrixErrors, load_stats, save_stats
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText

@@ -2,12 +2,14 @@ import io
 from math import prod
 
 import pytest
+import torch
 from rich.console import Console
 
 from moe2gguf.errors import BudgetError
 from moe2gguf.ggml import QuantType as Q
-from moe2gguf.pipeline import Budget, Calibration, Choice
-from moe2gguf.plan import BASE_BYTES, WRITER_BYTES, _duration, make_plan, render_plan, sampling_bytes
+from moe2gguf.memory import BASE_BYTES, WRITER_BYTES, Sizes, sampling_bytes
+from moe2gguf.plan import _duration, make_plan, render_plan
+from moe2gguf.settings import Budget, Calibration, Choice
 from moe2gguf.source import open_source
 
 
@@ -33,6 +35,10 @@ def planned(folder, tmp_path, **changes):
         pre_tokenizer=None,
         **arguments,
     )
+
+
+def sizes(source, calibration):
+    return Sizes(source, calibration, calibration.sequence_tokens, torch.float32, 2, torch.device("cpu"), n_branches=1)
 
 
 def test_before_calibration(tiny, tmp_path):
@@ -99,13 +105,13 @@ def test_memory_of_sampling(tiny, tmp_path):
         (Calibration(n_sequences=100, sequence_tokens=512), 128),
     ):
         wanted = of_token * 512 * n_parallel + 24 * 320 * n_parallel
-        assert wanted > large and sampling_bytes(source, calibration) == wanted
+        assert wanted > large and sampling_bytes(sizes(source, calibration)) == wanted
     # few and short texts: what is left is a tensor on its way into the file
-    assert sampling_bytes(source, Calibration(n_sequences=1, sequence_tokens=16)) == large
+    assert sampling_bytes(sizes(source, Calibration(n_sequences=1, sequence_tokens=16))) == large
     # MLA caches one compressed key for all heads
     latent = open_source(tiny("deepseek_v2"))
     rows = [t.shape[0] for t in latent.tensors if "attn_kv_a_mqa" in t.name]
-    found = sampling_bytes(latent, Calibration(n_sequences=128, sequence_tokens=512))
+    found = sampling_bytes(sizes(latent, Calibration(n_sequences=128, sequence_tokens=512)))
     assert len(rows) == latent.n_layer and found == 2 * sum(rows) * 512 * 128 + 24 * 320 * 128
 
 
@@ -117,7 +123,7 @@ def test_sampling_is_planned_for_where_it_takes_most(tiny, tmp_path, monkeypatch
         planned(folder, tmp_path, calibration=written).calibration_ram_bytes
         == planned(folder, tmp_path, calibration=read).calibration_ram_bytes + WRITER_BYTES
     )
-    monkeypatch.setattr("moe2gguf.plan.sampling_bytes", lambda *_: 10 * 2**30)
+    monkeypatch.setattr("moe2gguf.memory.sampling_bytes", lambda *_: 10 * 2**30)
     assert (
         planned(folder, tmp_path, calibration=written).calibration_ram_bytes == BASE_BYTES + WRITER_BYTES + 10 * 2**30
     )

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from moe2gguf.calibration_text import text_of
 from moe2gguf.errors import Moe2ggufError, OutputError
-from moe2gguf.experts import CPU, find_experts
-from moe2gguf.pipeline import DEFAULT_QUANTIZER, Calibration, Quantizer, convert, prune, text_of
-from moe2gguf.prune import RECORD, most_salient, n_kept, pruned_folder, saliency, shrunk, write_pruned
+from moe2gguf.experts import find_experts
+from moe2gguf.pipeline import DEFAULT_QUANTIZER, convert
+from moe2gguf.prune import RECORD, most_salient, n_kept, prune, pruned_folder, saliency, shrunk, write_pruned
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import open_source
 from moe2gguf.stream import LayerStream
 from moe2gguf.verify import verify_file
@@ -130,7 +133,7 @@ def test_a_checkpoint_that_answers_another_request(tiny, small_text: Path, tmp_p
 
     def run(n_sequences: int, request: str) -> None:
         calibration = Calibration((small_text,), n_sequences=n_sequences, sequence_tokens=32)
-        text = text_of(source, calibration, tmp_path, 1, CPU, silent, silent)
+        text = text_of(source, calibration, Run(tmp_path, 1))
         prune(source, 0.5, tmp_path / "pruned", request, lambda: LayerStream(source.path), text, silent, notes.append)
 
     run(2, "one")

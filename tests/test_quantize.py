@@ -7,15 +7,18 @@ import pytest
 
 from moe2gguf import ggml
 from moe2gguf.costs import cost_table, reorderable
+from moe2gguf.fitting import fit_budget
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.gguf_file import Target
-from moe2gguf.pipeline import Budget, Choice, Quantizer, fit_budget, write_allocation
+from moe2gguf.pipeline import write_allocation
 from moe2gguf.quantize import (
     FLOAT_FALLBACK,
     ROWS_PER_JOB,
     encode_tensors,
     plan_uniform,
 )
+from moe2gguf.run import Run
+from moe2gguf.settings import Budget, Choice, Quantizer
 from moe2gguf.source import SourceTensor, open_source
 from moe2gguf.stats import CalibrationStats
 
@@ -53,7 +56,7 @@ def test_file_holds_each_expert_encoded(converted, source, stats, layout, tmp_pa
         stats,
         converted("qwen3_moe").results[layout].allocation,
         Target(tmp_path / "plain.gguf"),
-        2,
+        Run(tmp_path, 2),
         quantizer=Quantizer(feedback=False),
     )
     reader = gguf.GGUFReader(path)

@@ -9,8 +9,10 @@ from click.testing import CliRunner
 
 from moe2gguf.cli import main
 from moe2gguf.errors import Moe2ggufError
-from moe2gguf.pipeline import Calibration, ConvertResult, Quantizer, Skipping, convert
+from moe2gguf.pipeline import ConvertResult, convert
 from moe2gguf.recipe import load_recipe, save_recipe
+from moe2gguf.settings import Calibration, Quantizer
+from moe2gguf.skip import Skipping
 from moe2gguf.stats import CalibrationStats
 from tests.conftest import cheap_measurements
 

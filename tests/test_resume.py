@@ -19,11 +19,13 @@ from moe2gguf import pipeline
 from moe2gguf.errors import BudgetError
 from moe2gguf.ggml import QuantType as Q
 from moe2gguf.gguf_file import Target, check_target
-from moe2gguf.pipeline import Calibration, Quantizer, convert, request_digest, spool_for
+from moe2gguf.pipeline import convert
+from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.skip import Skipping
 from moe2gguf.source import open_source
 from moe2gguf.stats import CalibrationStats
 from moe2gguf.streams import Matrix
+from moe2gguf.work_folder import request_digest, spool_for
 from tests.conftest import cheap_measurements
 
 # each is there after the stage that the one before it began: the model to sample from, its text, a layer of the
@@ -209,10 +211,10 @@ def test_the_format_of_a_stage_counts(tiny, monkeypatch: pytest.MonkeyPatch) -> 
     read = dataclasses.replace(ITSELF, text_paths=(Path(__file__),))
     of_read, of_written = request_digest(source, read), request_digest(source, ITSELF)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "TEXT_FORMAT", 99)
+        patch.setattr("moe2gguf.work_folder.TEXT_FORMAT", 99)
         assert request_digest(source, read) != of_read and request_digest(source, ITSELF) != of_written
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "STATS_FORMAT", 99)
+        patch.setattr("moe2gguf.work_folder.STATS_FORMAT", 99)
         assert request_digest(source, read) != of_read and request_digest(source, ITSELF) != of_written
 
 
@@ -225,25 +227,30 @@ def test_what_quantised_layers_depend_on(tiny, tmp_path: Path, monkeypatch: pyte
     matrices = {"layers.0.self_attn.q_proj": Matrix(Q.Q4_K, None)}
 
     def folder(
-        stats: CalibrationStats = stats, types: dict = types, matrices: dict = matrices, **changes: object
+        stats: CalibrationStats = stats,
+        types: dict = types,
+        matrices: dict = matrices,
+        device: str = "cpu",
+        **changes: object,
     ) -> Path:
-        return spool_for(source, tmp_path, stats, dataclasses.replace(Quantizer(), **changes), types, matrices).folder
+        quantizer = dataclasses.replace(Quantizer(), **changes)
+        return spool_for(source, tmp_path, torch.device(device), stats, quantizer, types, matrices).folder
 
     others = [
         folder(affinity="none"),
         folder(router="none"),
-        folder(device=torch.device("cuda")),
+        folder(device="cuda"),
         folder(stats=dataclasses.replace(stats, request="another")),
         folder(stats=dataclasses.replace(stats, digest="another")),
         folder(types=types | {(0, "down", 1): Q.Q5_K}),
         folder(matrices={"layers.0.self_attn.q_proj": Matrix(Q.Q5_K, None)}),
     ]
     before = folder()
-    monkeypatch.setattr(pipeline, "SPOOL_FORMAT", 99)
+    monkeypatch.setattr("moe2gguf.work_folder.SPOOL_FORMAT", 99)
     others.append(folder())
     monkeypatch.undo()
     assert len({*others, folder()}) == len(others) + 1
-    assert folder() == folder(device=torch.device("cpu"), types=dict(reversed(types.items())))
+    assert folder() == folder(device="cpu", types=dict(reversed(types.items())))
     # other weights under the same names
     os.utime(model / "model.safetensors", (0, 0))
     assert folder() not in {*others, before}

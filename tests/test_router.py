@@ -11,9 +11,10 @@ import torch
 
 from moe2gguf import router as stage
 from moe2gguf.ggml import QuantType
-from moe2gguf.pipeline import Calibration, Quantizer, convert
+from moe2gguf.pipeline import convert
 from moe2gguf.probes import mean_kl
 from moe2gguf.router import MAX_TOKENS, Trials, agreement, calibrate_routers, fit, held_out, n_watched, taken
+from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import open_source
 from moe2gguf.spool import Routers, Spool
 from moe2gguf.states import States

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from moe2gguf import pipeline, skip
+from moe2gguf import skip
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.evaluate import evaluate
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import KeyValues, Target, write_gguf
+from moe2gguf.pipeline import calibrated
 from moe2gguf.provenance import skip_values
 from moe2gguf.quantize import encode_tensors, plan_uniform
+from moe2gguf.run import Run
+from moe2gguf.settings import Calibration
 from moe2gguf.skip import BINS, PROTECTING_QUANTILES, Skipping
 from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats
@@ -113,7 +116,7 @@ def test_nothing_is_skipped_unasked(stats: CalibrationStats, source: Source) -> 
 
 
 def test_out_of_reach(stats: CalibrationStats) -> None:
-    with pytest.raises(Moe2ggufError, match=r"--skip 0.9 is out of reach: all but the top expert make 0\."):
+    with pytest.raises(Moe2ggufError, match=r"--skip 0.9 is out of reach: beside each token.s top expert 0\."):
         skip.ratio_thresholds(stats, 0.9)
 
 
@@ -152,9 +155,9 @@ def test_the_runtime_skips_the_share(
     """On the text it was calibrated with, in sequences as long."""
     monkeypatch.setenv("LLAMA_EXPERT_SKIP_COUNT", "1")
     source = open_source(tiny(model_type, top_k=TOP_K))
-    calibration = pipeline.Calibration((small_text,), n_sequences=8, sequence_tokens=32, n_probe_tokens=64)
+    calibration = Calibration((small_text,), n_sequences=8, sequence_tokens=32, n_probe_tokens=64)
     with cheap_measurements():
-        stats = pipeline.calibrated(source, calibration, tmp_path, n_threads=2)
+        stats = calibrated(source, calibration, Run(tmp_path, 2))
     # in the last layer, where few tokens are left, prompts skip nothing
     stats = dataclasses.replace(stats, layers={0: stats.layers[0]})
     values = skip_values(source, stats, skipping)

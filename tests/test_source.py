@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from moe2gguf.errors import Moe2ggufError, RuntimeMissing
-from moe2gguf.pipeline import Budget, outfile_for, work_folder_for
+from moe2gguf.pipeline import outfile_for
 from moe2gguf.runtime import find_runtime, tool
+from moe2gguf.settings import Budget
+from moe2gguf.work_folder import work_folder_for
 from tests.tiny_configs import MODEL_TYPES
 from tests.tiny_moe import CORPUS, make_tiny, with_head_ahead
 

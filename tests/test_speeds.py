@@ -13,9 +13,10 @@ from moe2gguf.cli import main
 from moe2gguf.costs import CANDIDATES, NATIVE, cost_table
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType as Q
-from moe2gguf.pipeline import Choice, convert
+from moe2gguf.pipeline import convert
 from moe2gguf.recipe import load_recipe
 from moe2gguf.runtime import find_runtime
+from moe2gguf.settings import Choice
 from moe2gguf.source import Source, open_source
 from moe2gguf.speeds import Conditions, Speeds, conditions, measure, measured_speeds, with_seconds
 from moe2gguf.stats import CalibrationStats

@@ -1,6 +1,6 @@
 """Hidden states beyond the limit lie on disk, and nobody can tell."""
 
-import os
+import errno
 import resource
 import signal
 from collections.abc import Callable
@@ -32,6 +32,16 @@ def test_what_is_put_comes_back(n_in_memory: int, tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_several_streams_of_hidden_states(tmp_path: Path) -> None:
+    """Of hyper-connections: (S, L, streams, D)."""
+    given = {key: torch.randn(3, 8, 4, 5) for key in "ab"}
+    states = States[str](given["a"].nbytes, tmp_path)
+    for key, state in given.items():
+        states[key] = state
+    for key, state in given.items():
+        assert torch.equal(states.part(key, 1, slice(2, 6)), state[1:2, 2:6])
+
+
 def test_sequences_of_one_stream_by_themselves(tmp_path: Path) -> None:
     hidden_SLD = torch.randn(5, 8, 4)
     states = by_sequence(hidden_SLD, 2 * hidden_SLD[0].nbytes, tmp_path)
@@ -41,7 +51,7 @@ def test_sequences_of_one_stream_by_themselves(tmp_path: Path) -> None:
 
 def test_what_killed_runs_leave_goes(tmp_path: Path) -> None:
     """In the work folder and in a spool there; nothing else."""
-    for folder in (tmp_path / f"{SCRATCH_PREFIX}999999999-1", tmp_path / "experts-1" / f"{SCRATCH_PREFIX}999999999-2"):
+    for folder in (tmp_path / f"{SCRATCH_PREFIX}1", tmp_path / "experts-1" / f"{SCRATCH_PREFIX}2"):
         folder.mkdir(parents=True)
         (folder / "0.f32").write_bytes(b"1234")
     (tmp_path / "experts-1" / "layer-0").write_bytes(b"")
@@ -70,11 +80,8 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
 def test_only_what_is_ours_and_of_no_running_process_is_removed(tmp_path: Path) -> None:
     """A user's folders stay, whatever they are called and wherever they lie, and so do those of a run beside."""
-    ours = [tmp_path / f"{SCRATCH_PREFIX}999999999-x", tmp_path / f"experts-1/{SCRATCH_PREFIX}999999999-y"]
-    others = [
-        *(tmp_path / "streams-of-water", tmp_path / f"notes/{SCRATCH_PREFIX}999999999-z"),
-        tmp_path / f"{SCRATCH_PREFIX}{os.getpid()}-x",
-    ]
+    ours = [tmp_path / f"{SCRATCH_PREFIX}x", tmp_path / f"experts-1/{SCRATCH_PREFIX}y"]
+    others = [tmp_path / "streams-of-water", tmp_path / f"notes/{SCRATCH_PREFIX}z"]
     for folder in (*ours, *others):
         (folder / "deep").mkdir(parents=True)
     remove_left_behind(tmp_path)
@@ -83,3 +90,18 @@ def test_only_what_is_ours_and_of_no_running_process_is_removed(tmp_path: Path) 
     states["a"] = torch.zeros(1, 2, 3)
     remove_left_behind(tmp_path)
     assert torch.equal(states["a"], torch.zeros(1, 2, 3))
+
+
+def test_where_there_are_no_locks_all_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing tells then whether a run is killed or goes on."""
+
+    def no_locks(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "")
+
+    (left := tmp_path / f"{SCRATCH_PREFIX}x").mkdir()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    remove_left_behind(tmp_path)
+    assert left.exists()
+    monkeypatch.undo()
+    remove_left_behind(tmp_path)
+    assert not left.exists()

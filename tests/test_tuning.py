@@ -18,9 +18,10 @@ from moe2gguf.codec import CODECS
 from moe2gguf.experts import find_experts
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_reader import read_gguf
-from moe2gguf.pipeline import Calibration, Quantizer, convert
+from moe2gguf.pipeline import convert
 from moe2gguf.quantised_model import QuantisedModel
 from moe2gguf.router import Trials, agreement
+from moe2gguf.settings import Calibration, Quantizer
 from moe2gguf.source import open_source
 from moe2gguf.spool import Spool, Tuned
 from moe2gguf.states import by_sequence

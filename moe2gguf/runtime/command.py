@@ -18,7 +18,11 @@ from moe2gguf.runtime import build as build_module
 from moe2gguf.runtime.ops_check import OPS, OpResult, check_op
 from moe2gguf.runtime.toolchain import GPU_BACKENDS
 
-_jobs = click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time [default: one per core].")
+_jobs = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Compilers at a time  [default: one per core, and per 2 GiB of memory].",
+)
 _BACKEND_NAMES = {"cuda": "CUDA", "vulkan": "Vulkan"}
 
 
@@ -84,7 +88,7 @@ def status() -> None:
         click.echo(f"            {_match(found.installed, found.wanted_patches)}")
     if found.installed is not None:
         click.echo(f"            backends {_backends(found.installed)}")
-        for line in _device_lines():
+        for line in _found_lines():
             click.echo(f"            {line}")
     for built in found.builds:
         in_use = " (installed)" if built.info == found.installed else ""
@@ -110,12 +114,13 @@ def _backends(info: build_module.BuildInfo) -> str:
     return ", ".join(["CPU", *(_BACKEND_NAMES.get(name, name) for name in info.gpu_backends)])
 
 
-def _device_lines() -> list[str]:
+def _found_lines() -> list[str]:
     try:
-        devices = api.find_devices(api.find_runtime())
+        found = api.find_runtime()
+        devices = api.find_devices(found)
     except RuntimeMissing as error:
         return [f"devices  - ({error})"]
-    return [
+    return [f"tools    {found.tools}", f"sources  {found.tree}"] + [
         f"device   {device.name}: {device.description}, {device.memory_bytes / 2**30:.1f} GiB" for device in devices
     ]
 
@@ -138,8 +143,12 @@ def install(jobs: int | None, cpu: bool, **flags: bool) -> None:
     """Build unless cached, and install into this Python environment, with the backends that are installed already where
     none is named."""
     gpus = _chosen(flags)
+    if gpus and cpu:
+        raise click.UsageError(f"--cpu is without --{gpus[0]}; leave one of them out")
     if not gpus and not cpu and (present := api.status().installed) is not None:
         gpus = [name for name in present.gpu_backends if name in GPU_BACKENDS]
+        if gpus:
+            click.echo(f"note: for {_backends(present)} again, as installed; --cpu leaves the cards out", err=True)
     with _progress() as progress:
         installed = api.install(gpus=gpus, jobs=jobs, progress=progress)
     click.echo(f"llama_cpp_python {installed.version} is installed; `moe2gguf runtime check` tests it")

@@ -1,6 +1,7 @@
 """The checkpoint folder: where it is, and whether it is whole, said before anything reads weights."""
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -36,7 +37,7 @@ def resolve_model(model: str | Path) -> Path:
         return Path(moe2gguf.__file__).parent / "data" / DEMO
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return Path(os.path.abspath(folder))  # "." has a name, and a link to a checkpoint keeps its own
     if folder.exists():
         raise SourceError(f"{model} is a file, not a checkpoint folder; give the folder with its config.json")
     if not HUB_ID.fullmatch(str(model)):

@@ -96,10 +96,11 @@ def convert_lazily(
 
 @contextmanager
 def _named_folder(folder: Path, name: str) -> Iterator[Path]:
-    """The checkpoint's card and configuration in a folder of the model's name, out of which gguf reads names."""
+    """What gguf reads names and metadata out of: the checkpoint's card and configuration, in a folder of the model's
+    name."""
     with TemporaryDirectory() as parent:
         (named := Path(parent) / name).mkdir()
-        for file in ("README.md", "config.json"):
+        for file in ("README.md", "config.json", "generation_config.json"):
             if (folder / file).is_file():
                 (named / file).symlink_to((folder / file).resolve())
         yield named

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from moe2gguf.errors import SourceError
+from moe2gguf.source.checkpoint import WEIGHTS_INDEX
 from moe2gguf.source.converter import dequantised
 
 # matrices of experts, as checkpoints name them: one by one, or Step 3.7's
@@ -31,7 +32,7 @@ class Shards:
 
     @classmethod
     def of(cls, folder: Path) -> "Shards":
-        index = folder / "model.safetensors.index.json"
+        index = folder / WEIGHTS_INDEX
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
             return cls({name: folder / file for name, file in sorted(weight_map.items())})
