@@ -136,10 +136,13 @@ def test_a_checkpoint_that_answers_another_request(tiny, small_text: Path, tmp_p
         text = text_of(source, calibration, Run(tmp_path, 1))
         prune(source, 0.5, tmp_path / "pruned", request, lambda: LayerStream(source.path), text, silent, notes.append)
 
+    (tmp_path / "pruned.old").mkdir()  # a user's
+    (tmp_path / "pruned.old" / "notes.txt").touch()
     run(2, "one")
     run(2, "one")
     run(4, "two")
     assert [n.split()[0:2] for n in notes] == [["pruned", "3"], ["using", "the"], ["the", "pruned"], ["pruned", "3"]]
+    assert (tmp_path / "pruned.old" / "notes.txt").exists()
     (tmp_path / "pruned" / "config.json").write_text("{}")
     with pytest.raises(OutputError, match="is no pruned checkpoint of ours"):
         run(4, "two")

@@ -115,6 +115,14 @@ def test_nothing_is_skipped_unasked(stats: CalibrationStats, source: Source) -> 
     assert none.share == none.kl == 0 and not any(none.limit_L.values()) and not any(none.protect_norm_L.values())
 
 
+def test_shares_of_both_rules_together() -> None:
+    """Of two experts half the activations can go, whichever rule takes them."""
+    Skipping(0.3, 0.2).check(2)
+    Skipping(0.5).check(2)
+    with pytest.raises(Moe2ggufError, match=r"--skip-prompt 0.3 is out of reach: .* 0\.200 of activations are left"):
+        Skipping(0.3, 0.3).check(2)
+
+
 def test_out_of_reach(stats: CalibrationStats) -> None:
     with pytest.raises(Moe2ggufError, match=r"--skip 0.9 is out of reach: beside each token.s top expert 0\."):
         skip.ratio_thresholds(stats, 0.9)

@@ -508,6 +508,11 @@ def test_dense_models_are_refused(tmp_path: Path) -> None:
         open_source(folder)
 
 
+def test_the_folder_at_hand_has_a_name(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(qwen3)
+    assert resolve_model(".") == qwen3 and resolve_model(f"../{qwen3.name}/") == qwen3
+
+
 def test_models_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(Moe2ggufError, match="is a file, not a checkpoint folder"):
@@ -527,9 +532,11 @@ def test_a_snapshot_of_the_hub_has_its_models_name(qwen3: Path, tmp_path: Path) 
     snapshot = tmp_path / "models--Qwen--Qwen3-30B-A3B/snapshots" / commit
     shutil.copytree(qwen3, snapshot)
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (snapshot / "generation_config.json").write_text('{"top_k": 20}')
     source = open_source(snapshot)
     values = {pair.key: pair.value for pair in source.kv}
     assert source.name == "Qwen3 30B A3B" and values["general.license"] == "apache-2.0"
+    assert values["general.sampling.top_k"] == 20
     assert commit[:8].lower() not in str(values).lower()
     assert repository_of(snapshot) == "Qwen/Qwen3-30B-A3B" and repository_of(qwen3) is None
     assert outfile_for(source, None, Budget(bits=2.54)).name.startswith("Qwen3-")

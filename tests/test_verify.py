@@ -10,7 +10,7 @@ from moe2gguf.errors import FileFormatError, RuntimeMissing
 from moe2gguf.ggml import encode
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.source import KeyValue, Source, SourceTensor
-from moe2gguf.verify import GAUSSIAN_ERROR, error_limit, render_verification, verify_file
+from moe2gguf.verify import GAUSSIAN_ERROR, _misplaced_rows, error_limit, render_verification, verify_file
 from tests.gguf_files import (
     HIDDEN,
     MIXED,
@@ -127,6 +127,13 @@ def test_two_rows_of_a_fitted_router_in_each_others_place(tmp_path):
         in_file = weights | {"blk.2.ffn_gate_inp.weight": fitted_ED.astype(np.float32)}
         problems = verify_file(write_moe(tmp_path / "file.gguf", in_file, extra_kv=extra_kv), source).problems
         assert len(problems) == n_problems and all("of the checkpoint's in the place of row" in p for p in problems)
+
+
+def test_rows_that_are_exact_are_in_their_place():
+    """Their squared distances are sums that cancel, to a little below nothing."""
+    for seed in range(20):
+        weight_EK = np.random.default_rng(seed).standard_normal((16, 512)).astype(np.float32)
+        assert _misplaced_rows(weight_EK, weight_EK.copy()) == []
 
 
 def test_one_projection_in_another_order(tmp_path):
