@@ -33,8 +33,6 @@ from moe2gguf.stats import SHRINKAGE_TOKENS, CalibrationStats, ExpertStats, Matr
 from moe2gguf.stream import LayerStream
 from moe2gguf.text import CalibrationText
 
-RATIO_BINS = 64
-NORM_QUANTILES = 101
 # enough tokens to fill the cores, few enough that one batch's activations stay small beside the layer
 BATCH_TOKENS = 4096
 # through the model and back
@@ -294,47 +292,29 @@ def graded(
 def expert_statistics(block: ExpertBlock, capture: LayerCapture, n_sequences: int) -> ExpertStats:
     """Counts, gate weights and importance of one layer's experts over all tokens (MC-MoE, arXiv 2410.06270)."""
     x_TD, ids_TK, gates_TK = capture.routed()
-    n_experts, n_selected = block.n_experts, ids_TK.shape[1]
-    probability_TE = torch.softmax(block.scores(capture.scored()), dim=-1)
+    n_experts = block.n_experts
     sample = layer_sample_tokens(len(x_TD))
-    sample_nD, sample_probability_nE = x_TD[sample], probability_TE[sample]
+    sample_nD, probability_nE = x_TD[sample], torch.softmax(block.scores(capture.scored()[sample]), dim=-1)
     layer_sq_D = x_TD.square().mean(0)
 
     counts_SE = torch.zeros(n_sequences, n_experts, dtype=torch.int32)
     sequence_TK = torch.arange(len(ids_TK))[:, None].expand_as(ids_TK) // (len(ids_TK) // n_sequences)
     counts_SE.index_put_((sequence_TK, ids_TK), torch.ones_like(ids_TK, dtype=torch.int32), accumulate=True)
 
-    sorted_TK = block.chosen_by(ids_TK, gates_TK).sort(dim=-1, descending=True).values
-    ratios_TK = sorted_TK[:, 1:] / sorted_TK[:, :1].clamp_min(1e-20)
-    ratio_histogram = np.zeros((n_selected - 1, RATIO_BINS), np.int64)
-    for k in range(n_selected - 1):
-        ratio_histogram[k] = torch.histc(ratios_TK[:, k], RATIO_BINS, 0, 1).numpy()
-
-    gate_sum_E, softmax_sum_E, output_norm_E, gated_norm_E = np.zeros((4, n_experts))
+    gate_sum_E = np.zeros(n_experts)
     importance_gate_up_ED = np.zeros((n_experts, x_TD.shape[1]), np.float32)
     importance_down_EI = np.zeros((n_experts, block.n_intermediate), np.float32)
     for expert in range(n_experts):
         tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
         x_nD = x_TD[tokens_n]
         hidden_nI = block.activation(expert, x_nD)
-        norm_n = block.output(expert, hidden_nI).norm(dim=-1)
         gate_sum_E[expert] = gates_n.sum()
-        softmax_sum_E[expert] = probability_TE[tokens_n, expert].sum()
-        output_norm_E[expert] = norm_n.sum() / max(len(tokens_n), 1)
-        gated_norm_E[expert] = (gates_n * norm_n).sum() / max(len(tokens_n), 1)
         importance_gate_up_ED[expert] = shrunk_importance(x_nD, gates_n, layer_sq_D)
-        sample_sq_I = _weighted_mean_square(block.activation(expert, sample_nD), sample_probability_nE[:, expert])
+        sample_sq_I = _weighted_mean_square(block.activation(expert, sample_nD), probability_nE[:, expert])
         importance_down_EI[expert] = shrunk_importance(hidden_nI, gates_n, sample_sq_I)
-    quantiles = np.quantile(x_TD.abs().sum(-1).numpy(), np.linspace(0, 1, NORM_QUANTILES))
     return ExpertStats(
         n_tokens_E=torch.bincount(ids_TK.flatten(), minlength=n_experts).numpy(),
         gate_sum_E=gate_sum_E,
-        softmax_sum_E=softmax_sum_E,
-        counts_SE=counts_SE.numpy(),
-        ratio_histogram=ratio_histogram,
-        token_norm_quantiles=quantiles.astype(np.float32),
-        output_norm_E=output_norm_E.astype(np.float32),
-        gated_norm_E=gated_norm_E.astype(np.float32),
         importance_gate_up_ED=importance_gate_up_ED,
         importance_down_EI=importance_down_EI,
         drop_harm=drop_harm(block, x_TD, ids_TK, gates_TK, counts_SE),

@@ -22,7 +22,8 @@ from moe2gguf.ggml import QuantType
 from moe2gguf.source import Source, SourceTensor, layer_of
 from moe2gguf.stats import CalibrationStats, MatrixErrors
 
-# what calibration measures, smallest first. Below a block of 256 columns only the last four are left.
+# what calibration measures, smallest first, by the columns of a block: where they are no multiple of 256, only the last
+# four are left
 CANDIDATES = tuple(
     QuantType[name]
     for name in (

@@ -39,6 +39,10 @@ class ExpertErrors:
     graded_down_EJ: np.ndarray | None = None
 
 
+# in their order in `_Expert.errors`
+N_ERRORS = len(dataclasses.fields(ExpertErrors))
+
+
 class Measure:
     """ggml releases the GIL, so a pool of threads uses all cores."""
 
@@ -82,7 +86,7 @@ class Measure:
         mean_gate = float(gates_TK.sum(1).numpy().mean())
         probability_nE *= mean_gate / probability_nE.topk(ids_TK.shape[1]).values.sum(1).mean()
         jobs: list[Future[np.ndarray]] = []
-        found = np.empty((5, block.n_experts, len(self.types)))
+        found = np.empty((N_ERRORS, block.n_experts, len(self.types)))
         with single_threaded():
             for expert in range(block.n_experts):
                 tokens_n, gates_n = tokens_of(expert, ids_TK, gates_TK)
@@ -165,8 +169,8 @@ class _Expert:
 
     @torch.inference_mode()
     def errors(self, types: tuple[QuantType, ...]) -> np.ndarray:
-        """f64 (5, J): error of the gate_up rows, through the activation and the down projection, of the down rows,
-        gate's share, and what the former two cost by the gradient.
+        """f64 (N_ERRORS, J): error of the gate_up rows, through the activation and the down projection, of the down
+        rows, gate's share, and what the former two cost by the gradient.
 
         That is ½ E[(gᵀδ)²] for an error δ of the output (the Gauss-Newton form of the KL divergence). Rows are
         quantised independently, so their errors hardly correlate, and it is ½ E[Σ g² δ²], row by row.
@@ -191,29 +195,32 @@ class _Expert:
         if self.gradient_TD is not None:
             through_nR, gradient_nR = through_nI[:, rows_I], gradient_nD[:, rows_D]
 
-        def error(changed: tuple[torch.Tensor, ...]) -> float:
-            delta_nR = block.activated(*changed) - clean_nR
+        def change(changed: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return block.activated(*changed) - clean_nR
+
+        def error(delta_nR: torch.Tensor) -> float:
             return float(weight_n @ delta_nR.square() @ column_sq_R)
 
-        found = np.full((5, len(types)), np.inf)
-        # of none
-        found[2] = 0.5 if len(parts) > 1 else 0.0
+        found = np.full((N_ERRORS, len(types)), np.inf)
+        gate_up_J, down_J, gate_share_J, graded_gate_up_J, graded_down_J = found  # views
+        # where a type does not fit, and of experts without a gate
+        gate_share_J[:] = 0.5 if len(parts) > 1 else 0.0
         for j, quant_type in enumerate(types):
             if ggml.fits(quant_type, exact_RD.shape[1]):
                 delta_RD = torch.from_numpy(ggml.round_trip(exact_RD, quant_type, self.importance_D) - exact_RD)
                 deltas = (x_nD @ delta_RD.T).chunk(len(parts), dim=-1)
                 changed = tuple(part_nR + delta_nR for part_nR, delta_nR in zip(parts, deltas, strict=True))
-                found[0, j] = error(changed)
+                change_nR = change(changed)
+                gate_up_J[j] = error(change_nR)
                 if self.gradient_TD is not None:
-                    delta_nR = block.activated(*changed) - clean_nR
-                    found[3, j] = float(weight_n @ (through_nR * delta_nR).square() @ gate_up_scale_R) / 2
+                    graded_gate_up_J[j] = float(weight_n @ (through_nR * change_nR).square() @ gate_up_scale_R) / 2
                 if len(parts) > 1:
-                    of_gate, of_up = error((changed[0], parts[1])), error((parts[0], changed[1]))
-                    found[2, j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
+                    of_gate, of_up = error(change((changed[0], parts[1]))), error(change((parts[0], changed[1])))
+                    gate_share_J[j] = of_gate / (of_gate + of_up) if of_gate + of_up > 0 else 0.5
             if ggml.fits(quant_type, exact_RI.shape[1]):
                 delta_RI = torch.from_numpy(ggml.round_trip(exact_RI, quant_type, self.importance_I) - exact_RI)
                 delta_nR = hidden_nI @ delta_RI.T
-                found[1, j] = float(weight_n @ delta_nR.square() @ down_scale_R)
+                down_J[j] = float(weight_n @ delta_nR.square() @ down_scale_R)
                 if self.gradient_TD is not None:
-                    found[4, j] = float(weight_n @ (gradient_nR * delta_nR).square() @ down_scale_R) / 2
+                    graded_down_J[j] = float(weight_n @ (gradient_nR * delta_nR).square() @ down_scale_R) / 2
         return found

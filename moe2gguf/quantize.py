@@ -1,7 +1,7 @@
 """An allocation to bytes: the tensors of the file in order, each encoded when its turn comes.
 
-Experts that were quantised with error feedback come out of the spool; all else is ggml's encoder's, one source tensor
-in memory at a time.
+What was quantised with error feedback, calibrated or tuned comes out of the spool; all else is ggml's encoder's, one
+source tensor in memory at a time.
 
 Shapes: E experts, N rows, K columns, B bytes of one encoded row.
 """
@@ -24,7 +24,7 @@ from moe2gguf.spool import Spool
 from moe2gguf.stats import CalibrationStats
 
 ROWS_PER_JOB = 4096
-# with mixed precision there is no telling "the" type of a matrix beside the experts that fits no block of 32
+# of a file of one type, for a matrix that fits no block of 32: every llama.cpp multiplies with it
 FLOAT_FALLBACK = QuantType.F16
 
 

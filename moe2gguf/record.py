@@ -84,7 +84,7 @@ class SkipSpeed:
 
 @dataclasses.dataclass(frozen=True)
 class SkipPoint:
-    """The file of `SkipCurve` with its thresholds scaled."""
+    """`Record.skip_file` with its thresholds scaled."""
 
     strength: float
     skipped: float  # share of expert activations

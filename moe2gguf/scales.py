@@ -8,7 +8,7 @@ import torch
 from moe2gguf.codec import Codec
 from moe2gguf.walk import Tries, chosen, nearest_level
 
-# rms of the weights over rms of the codebook for the scale that mostly is best, by width; and its multiples tried
+# the scale that mostly is best, over rms of the weights / rms of the codebook, by width; and its multiples tried
 CODEBOOK_START = {8: 1.1, 4: 1.2}
 CODEBOOK_TRIES = (0.8, 0.9, 1.0, 1.1, 1.2)
 # IQ1's codebooks are large, and their sub-blocks' scales few

@@ -20,7 +20,7 @@ from moe2gguf.ggml import QuantType
 # tokens' worth of belief in the layer's average where an expert's own tokens are few
 SHRINKAGE_TOKENS = 32
 # of the file, and of what it says: raised when the same text gives other statistics
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 _HEADER_FIELDS = ("source_sha256", "n_tokens", "n_probe_tokens", "seed", "dtype", "text", "digest", "request")
 
 
@@ -44,12 +44,6 @@ class ExpertStats:
 
     n_tokens_E: np.ndarray  # i64: tokens routed to each expert
     gate_sum_E: np.ndarray  # f64: Σ g, as applied
-    softmax_sum_E: np.ndarray  # f64: Σ softmax(router logits) over the tokens that selected the expert
-    counts_SE: np.ndarray  # i32: tokens routed, per sequence
-    ratio_histogram: np.ndarray  # i64 (K-1, bins): g_(k) / g_(1) over [0, 1], k = 2..K
-    token_norm_quantiles: np.ndarray  # f32 (101,): ‖x‖₁ at 0, 1, …, 100 %
-    output_norm_E: np.ndarray  # f32: mean ‖f_e(x)‖ over its tokens
-    gated_norm_E: np.ndarray  # f32: mean g‖f_e(x)‖
     importance_gate_up_ED: np.ndarray  # f32: gate-weighted mean of x², shrunk
     importance_down_EI: np.ndarray  # f32
     drop_harm: DropHarm
@@ -84,7 +78,7 @@ class CalibrationStats:
     seed: int
     dtype: str  # what products were computed in, a key of DTYPES
     tokens_SL: np.ndarray  # i32: the text, which quantisation runs through the model once more
-    text: str  # where the tokens came from: file names, or "self-sampled"
+    text: str  # where the tokens came from: file names, or how the model wrote them
     digest: str  # sha256 of the token ids
     request: str  # sha256 of what was asked for: a file with another one must not be reused
     layers: dict[int, ExpertStats]

@@ -22,7 +22,7 @@ FORMAT_VERSION = 4
 @dataclasses.dataclass(frozen=True)
 class CalibrationText:
     tokens_SL: np.ndarray  # i64
-    origin: str  # file names, or "self-sampled"
+    origin: str  # file names, or how the model wrote it
 
     @property
     def digest(self) -> str:

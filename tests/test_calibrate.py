@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from moe2gguf.calibrate import RATIO_BINS, Progress, calibrate
+from moe2gguf.calibrate import Progress, calibrate
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
 from moe2gguf.pipeline import calibrated
@@ -67,36 +66,29 @@ def slow_statistics(folder: Path, index: int, tokens_SL: np.ndarray, top_k: int)
         up_I = tensors[f"{mlp}.experts.{expert}.up_proj.weight"] @ x_D
         return gate_I / (1 + np.exp(-gate_I)) * up_I
 
-    counts_SE = np.zeros((len(tokens_SL), n_experts))
-    gate_sum_E, softmax_sum_E, norm_sum_E, gated_sum_E = np.zeros((4, n_experts))
-    ratios: list[list[float]] = [[] for _ in range(top_k - 1)]
+    n_E = np.zeros(n_experts)
+    gate_sum_E = np.zeros(n_experts)
     gated_sq_up = [np.zeros(x_SLD.shape[-1]) for _ in range(n_experts)]
     gated_sq_down = [np.zeros(SMALL["intermediate"]) for _ in range(n_experts)]
     probability_sum_E, layer_sq_D = np.zeros(n_experts), np.zeros(x_SLD.shape[-1])
     layer_sq_down = [np.zeros(SMALL["intermediate"]) for _ in range(n_experts)]
-    for s, x_LD in enumerate(x_SLD):
+    for x_LD in x_SLD:
         for x_D in x_LD:
             score_E = np.exp(router_ED @ x_D)
             probability_E = score_E / score_E.sum()
             chosen = np.argsort(-probability_E)[:top_k]
             gates = probability_E[chosen] / probability_E[chosen].sum()
-            for k in range(1, top_k):
-                ratios[k - 1].append(gates[k] / gates[0])
             layer_sq_D += x_D**2
             for e in range(n_experts):
                 layer_sq_down[e] += probability_E[e] * hidden(e, x_D) ** 2
             probability_sum_E += probability_E
             for e, gate in zip(chosen, gates, strict=True):
                 h_I = hidden(e, x_D)
-                norm = math.dist(tensors[f"{mlp}.experts.{e}.down_proj.weight"] @ h_I, np.zeros(len(x_D)))
-                counts_SE[s, e] += 1
+                n_E[e] += 1
                 gate_sum_E[e] += gate
-                softmax_sum_E[e] += probability_E[e]
-                norm_sum_E[e] += norm
-                gated_sum_E[e] += gate * norm
                 gated_sq_up[e] += gate * x_D**2
                 gated_sq_down[e] += gate * h_I**2
-    n_E, n_tokens = counts_SE.sum(0), x_SLD.shape[0] * x_SLD.shape[1]
+    n_tokens = x_SLD.shape[0] * x_SLD.shape[1]
 
     def blend(gated_sq: list[np.ndarray], layer: list[np.ndarray]) -> np.ndarray:
         own = [sq / gate if gate else sq for sq, gate in zip(gated_sq, gate_sum_E, strict=True)]
@@ -106,13 +98,7 @@ def slow_statistics(folder: Path, index: int, tokens_SL: np.ndarray, top_k: int)
 
     return {
         "n_tokens_E": n_E,
-        "counts_SE": counts_SE,
         "gate_sum_E": gate_sum_E,
-        "softmax_sum_E": softmax_sum_E,
-        "ratio_histogram": np.array([np.histogram(r, RATIO_BINS, (0, 1))[0] for r in ratios]).reshape(-1, RATIO_BINS),
-        "token_norm_quantiles": np.quantile(np.abs(x_SLD).sum(-1), np.arange(101) / 100),
-        "output_norm_E": norm_sum_E / np.maximum(n_E, 1),
-        "gated_norm_E": gated_sum_E / np.maximum(n_E, 1),
         "importance_gate_up_ED": blend(gated_sq_up, [layer_sq_D / n_tokens] * n_experts),
         "importance_down_EI": blend(gated_sq_down, [layer_sq_down[e] / probability_sum_E[e] for e in range(n_experts)]),
     }
