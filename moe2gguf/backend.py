@@ -40,6 +40,8 @@ def device(name: str, note: Callable[[str], None] = lambda _: None) -> torch.dev
         missing = _missing(0) if name == "auto" else None
         if missing:
             note(f"computing on the CPU: {missing}")
+        elif name == "auto":
+            note("computing on cuda:0, which no test has run on yet; take --device cpu if it fails, and report it")
         return CPU if name == "cpu" or missing else _exact(0)
     if kind != "cuda" or (name != "cuda" and not number.isdecimal()):
         raise DeviceError(f"there is no device {name!r}; it is auto, cpu, cuda or cuda:<number>")

@@ -74,7 +74,7 @@ from moe2gguf.source import Source, open_source
 from moe2gguf.stats import CalibrationStats, load_stats
 from moe2gguf.steps import Steps
 from moe2gguf.text import read_text
-from moe2gguf.work_folder import checkpoint_identity
+from moe2gguf.work_folder import READABLE_TEXT, STATS, TEXT, checkpoint_identity
 
 FULL_BITS = (2.1, 2.5, 3.0, 3.5, 4.25)
 QUICK_BITS = (2.5, 3.5)
@@ -213,8 +213,9 @@ class _Bench:
         self.imatrix = folder / "imatrix.gguf"
         self.work = folder / "statistics"
         self.model = checkpoint_identity(self.source)
+        self.held_out = self._held_out()
         self._calibrate()
-        self.stats: CalibrationStats = load_stats(self.work / "stats.safetensors")
+        self.stats: CalibrationStats = load_stats(self.work / STATS)
         self.base_file = self._base_file()
         self._importance()
 
@@ -244,13 +245,13 @@ class _Bench:
 
     def _calibrate(self) -> None:
         words = ["calibrate", self.request.model, *self._calibration_options()]
-        outputs = [self.work / "stats.safetensors", self.work / "calibration.txt"]
+        outputs = [self.work / STATS, self.work / READABLE_TEXT]
 
         def work() -> dict[str, Any]:
             self.progress("moe2gguf calibrate", 0, 0)
             for path in [
                 *outputs,
-                self.work / "text.safetensors",
+                self.work / TEXT,
             ]:  # a run that was cut off may have left them: their cost would not be known
                 path.unlink(missing_ok=True)
             done = run_child(self._ours(*words), self.folder / "moe2gguf.log", what="moe2gguf calibrate")
@@ -274,7 +275,7 @@ class _Bench:
         return _File("base", "", self.base, made["sha256"], Cost("", made["seconds"], None))
 
     def _importance(self) -> None:
-        text, n_ctx = self.work / "calibration.txt", self.request.sequence_tokens
+        text, n_ctx = self.work / READABLE_TEXT, self.request.sequence_tokens
 
         def work() -> dict[str, Any]:
             self.progress("llama-imatrix", 0, 0)
@@ -286,15 +287,17 @@ class _Bench:
         made = self.steps.run("imatrix", inputs, [self.imatrix], work)
         self.shared["importance matrix"] = Cost(**made)
 
+    def _held_out(self) -> str:
+        """The text to measure on."""
+        request = self.request
+        if request.text:
+            return read_text(request.text)
+        return held_out_text(request.n_chunks * request.n_ctx * BYTES_PER_TOKEN)
+
     def base_run(self) -> BaseRun:
         """Also writes the text to measure on, and the base's log-probabilities of it."""
         request = self.request
-        text = (
-            read_text(request.text)
-            if request.text
-            else held_out_text(request.n_chunks * request.n_ctx * BYTES_PER_TOKEN)
-        )
-        held_out = text + "\n"  # the tools take one newline off
+        held_out = self.held_out + "\n"  # the tools take one newline off
         if not self.text.exists() or self.text.read_text(encoding="utf-8") != held_out:
             self.text.write_text(held_out, encoding="utf-8")
 
@@ -363,7 +366,7 @@ class _Bench:
             done = run_child(self._ours(*words), self.folder / "moe2gguf.log", what=f"moe2gguf convert ({method})")
             return Cost(self._shown("moe2gguf", *words), done.seconds, done.peak_rss_bytes)
 
-        stats = self.work / "stats.safetensors"
+        stats = self.work / STATS
         return self._made(method, preset.budget, path, {"words": [str(w) for w in words], "stats": stats}, make)
 
     def _out_of_reach(self, method: str, size_bytes: int) -> str | None:
@@ -384,7 +387,7 @@ class _Bench:
     def _searched(self, preset: _File) -> _File | Absent:
         base, of_preset = read_gguf(self.base), read_gguf(preset.path)
         classes = tensor_classes(base, of_preset, self.imatrix)
-        text = self.work / "calibration.txt"
+        text = self.work / READABLE_TEXT
 
         def probe() -> dict[str, Any]:
             began = time.monotonic()

@@ -36,7 +36,9 @@ def skip_values(source: Source, stats: CalibrationStats, skipping: Skipping) -> 
         put("protect_norm", ratio.protect_norm_L)
         said("skip", ratio)
     if skipping.prompt_share:
-        frequency = frequency_thresholds(stats, skipping.prompt_share, ratio, source.n_layer)
+        # of those that transformers runs: some converters count heads that predict further tokens
+        n_layers = source.hparams.get("num_hidden_layers", source.n_layer)
+        frequency = frequency_thresholds(stats, skipping.prompt_share, ratio, n_layers)
         put("frequency", frequency.limit_L)
         said("skip_prompt", frequency)
     return values

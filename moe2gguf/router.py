@@ -190,7 +190,7 @@ def calibrate_routers(
             # together they may do otherwise than each
             judged = Streams(stream, tokens_SL[held_out_S.numpy()], matrices, spool, pool, progress)
             now = through(judged, {index: fits[index].router_ED for index in helps}, types, spool, pool)
-            if (kl := mean_kl(stream, exact_HLD, judged.found_SLD)) < kl_after:
+            if (kl := mean_kl(stream, exact_HLD, judged.found_SLD)) <= kl_after:
                 kl_after, chosen = kl, {index: (*chosen[index][:2], now[index]) for index in helps}
             else:
                 helps = list(fits)

@@ -84,7 +84,7 @@ def tune(
         trial = judge.trial(before, after, range(stream.n_layers + 1))
         helps = {unit for unit, kl in trial.kl_without.items() if kl > trial.kl_after}
         kept = {name: weight for name, weight in after.items() if _unit(name, stream.n_layers) in helps}
-        if len(kept) < len(after) and (some := judge.trial(before, before | kept, ())).kl_after < trial.kl_after:
+        if len(kept) < len(after) and (some := judge.trial(before, before | kept, ())).kl_after <= trial.kl_after:
             trial = some
         else:
             kept = dict(after)

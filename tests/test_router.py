@@ -149,14 +149,14 @@ def test_those_that_are_kept_are_judged_together(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two layers' calibrated routers one is said to help: the report is of the model with that one, measured here in
-    another way, and where it does not help after all none is kept."""
+    another way; where it does less than all of them, all are kept, and where they do not help none."""
     folder, types = tiny("qwen3_moe", num_hidden_layers=3), every_expert(QuantType.IQ2_XXS, (0, 1, 2))
     encoded = Spool(tmp_path / "spool")
     encode(folder, types, encoded)
 
-    def calibrated(before: float) -> Routers:
+    def calibrated(before: float, after: float) -> Routers:
         (tmp_path / "spool/routers.safetensors").unlink(missing_ok=True)
-        monkeypatch.setattr(Trials, "judge", lambda self, *_: ([2], before, 0.5 * before))
+        monkeypatch.setattr(Trials, "judge", lambda self, *_: ([2] if after < before else [], before, after))
         monkeypatch.setattr(stage, "fit", lambda router_ED, *_: stage.Fit(router_ED * 1.01, 0.1, 0.9))
         calibrate_routers(
             LayerStream(folder), TOKENS_SL, types, NO_MATRICES, encoded,
@@ -166,8 +166,9 @@ def test_those_that_are_kept_are_judged_together(
         assert routers is not None
         return routers
 
-    kept, dropped = calibrated(9.0), calibrated(1e-9)
+    kept, better_all, dropped = calibrated(9.0, 4.5), calibrated(1e-8, 1e-9), calibrated(1e-9, 1e-8)
     assert list(kept.router_ED) == [2] and kept.kl_before == 9
+    assert list(better_all.router_ED) == [0, 1, 2] and better_all.kl_after == 1e-9
     assert not dropped.router_ED and dropped.kl_after == dropped.kl_before == 1e-9
 
     stream, tokens_SL = LayerStream(folder), TOKENS_SL[held_out(*TOKENS_SL.shape).numpy()]

@@ -205,10 +205,10 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
     folder = tiny("qwen3_moe")
     asked: list[set[str]] = []
 
-    def tuned(kl_kept: float) -> Tuned:
+    def tuned(kl_all: float, kl_kept: float) -> Tuned:
         def trial(self: Judge, before: dict, after: dict, units: range) -> Trial:
             asked.append({name for name in after if not torch.equal(after[name], before[name])})
-            return Trial(0.2, 0.1 if units else kl_kept, 0.9, 0.95, {0: 0.15, 1: 0.05, 2: 0.15} if units else {})
+            return Trial(0.2, kl_all if units else kl_kept, 0.9, 0.95, {0: 0.35, 1: 0.05, 2: 0.35} if units else {})
 
         monkeypatch.setattr(Judge, "trial", trial)
         (spool.folder / "tuned.safetensors").unlink(missing_ok=True)
@@ -220,14 +220,14 @@ def test_only_what_helps_is_kept(tiny: Callable[..., Path], spool: Spool, monkey
         assert found is not None
         return found
 
-    kept = tuned(0.08)
+    kept = tuned(0.1, 0.08)
     assert (kept.kl_before, kept.kl_after, kept.agreement) == (0.2, 0.08, 0.95)
     assert {"blk.0.ffn_gate_inp.weight", "blk.0.attn_q_norm.weight", "output_norm.weight"} <= kept.weights.keys()
     assert not any(name.startswith("blk.1.") for name in kept.weights)
     assert any(name.startswith("layers.1.") for name in asked[0]) and len(asked[1]) == len(kept.weights) + kept.n_scaled
     assert kept.n_scaled == 3 * N_EXPERTS
     with_scales = [spool.get(layer, "down", 1) for layer in (0, 1)]
-    kept = tuned(0.3)
+    kept = tuned(0.3, 0.25)
     assert not kept.weights and not kept.n_scaled
     assert [np.array_equal(spool.get(layer, "down", 1), with_scales[layer]) for layer in (0, 1)] == [False, True]
 

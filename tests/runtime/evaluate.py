@@ -42,10 +42,10 @@ def main(model_path: str, target: str, *options: str) -> None:
     params.use_extra_bufts = "repack" in options
     gpu_layers = [int(option.removeprefix("gpu_layers=")) for option in options if option.startswith("gpu_layers=")]
     params.n_gpu_layers = gpu_layers[0] if gpu_layers else 0
-    if "cpu_moe" in options:
+    if on_cpu := [option.removeprefix("cpu=") for option in options if option.startswith("cpu=")]:
         ggml = load(find_runtime().libraries, "ggml-base")
         ggml.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
-        overrides = (BufferTypeOverride * 2)((b"_exps", ggml.ggml_backend_cpu_buffer_type()))
+        overrides = (BufferTypeOverride * 2)((on_cpu[0].encode(), ggml.ggml_backend_cpu_buffer_type()))
         params.tensor_buft_overrides = ctypes.addressof(overrides)
     model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
     if not model:

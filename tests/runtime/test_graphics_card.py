@@ -12,13 +12,15 @@ from tests.runtime.tiny_gguf import N_EXPERT, N_LAYER, write_model
 
 pytestmark = pytest.mark.slow
 
+# as --cpu-moe has it
+CPU_MOE = r"cpu=\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 ALL = f"gpu_layers={N_LAYER + 1}"
 PLACES = {
     "all on the card": (ALL,),
     "one layer on the card": ("gpu_layers=1",),
     # a batch goes to the card, and with it the experts that it selects; single tokens stay
-    "experts in main memory": (ALL, "cpu_moe"),
-    "experts in main memory, computed there": (ALL, "cpu_moe", "stay"),
+    "experts in main memory": (ALL, CPU_MOE),
+    "experts in main memory, computed there": (ALL, CPU_MOE, "stay"),
 }
 
 
@@ -33,6 +35,16 @@ def test_grouped_as_plain(ops, cards, tmp_path, place) -> None:
     assert f"{cards[0].name} model buffer size" in buffers
     assert expected.std() > 0.01
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * expected.std())
+
+
+@pytest.mark.parametrize("pattern", [r"_exps\.weight", r"^blk\.\d+\.ffn_(up|gate|down)_exps\.weight$", r"exps\.g1"])
+def test_groups_of_a_tensor_stay_together(ops, cards, tmp_path, pattern) -> None:
+    """Whether an override names the tensor or one of its groups."""
+    grouped = write_model(tmp_path / "grouped.gguf", ops, groups=[(Type.Q4_K, 3), (Type.Q5_K, 5)])
+    _, all_experts = evaluate(grouped, ALL, CPU_MOE)
+    _, found = evaluate(grouped, ALL, f"cpu={pattern}")
+    _, none = evaluate(grouped, ALL)
+    assert found == all_experts != none
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -458,7 +458,7 @@ def test_both_rules_in_many_layers(tiny, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("n_ubatch", [128, 16])
-@pytest.mark.parametrize("off", ["integer", "float", "environment"])
+@pytest.mark.parametrize("off", ["integer", "float", "environment", "override before environment"])
 def test_strength_zero_is_off(off: str, n_ubatch: int, with_rule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit what the file without thresholds gives."""
     _, path = with_rule("qwen3_moe", Rule(ratio=0.6, frequency=0.9))
@@ -468,6 +468,8 @@ def test_strength_zero_is_off(off: str, n_ubatch: int, with_rule, monkeypatch: p
         monkeypatch.setenv("LLAMA_EXPERT_SKIP", "0")
     else:
         overrides["qwen3moe.expert_skip_strength"] = 0 if off == "integer" else 0.0
+    if off == "override before environment":
+        monkeypatch.setenv("LLAMA_EXPERT_SKIP", "1")
     (logits_TV,), _ = decoded(path, [SEQUENCES[0]], n_ubatch=n_ubatch, overrides=overrides)
     assert np.array_equal(logits_TV, plain_TV)
     (skipping_TV,), _ = decoded(path, [SEQUENCES[0]], n_ubatch=n_ubatch)
