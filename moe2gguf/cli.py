@@ -425,7 +425,7 @@ def _note(text: str) -> None:
     click.echo(f"note: {text}", err=True)
 
 
-@main.command()
+@main.command(short_help="Convert a checkpoint to a GGUF, all stages in one go.")
 @model_options
 @budget_options
 @calibration_options
@@ -541,7 +541,7 @@ def _open(model: str, options: dict[str, Any]):
     )
 
 
-@main.command()
+@main.command(short_help="Write a checkpoint without some of its experts (REAP).")
 @model_options
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--share", type=_share, required=True, help="Of each layer's experts, those that matter least.")
@@ -549,7 +549,10 @@ def _open(model: str, options: dict[str, Any]):
 @device_option
 @threads_option
 def prune(model: str, folder: Path, share: float, **options: Any) -> None:
-    """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP)."""
+    """Write MODEL without a share of its experts to FOLDER, as a checkpoint (REAP).
+
+    The default of --work is FOLDER.moe2gguf.
+    """
     from moe2gguf.calibration_text import text_of
     from moe2gguf.dtypes import settled
     from moe2gguf.pipeline import prune_to
@@ -573,7 +576,7 @@ def _run(options: dict[str, Any], work: Path, device: Any, progress: Callable[[s
     return Run(work, options["threads"] or available_cores(), device, progress, _note)
 
 
-@main.command()
+@main.command(short_help="Run text through the model: the statistics.")
 @model_options
 @calibration_options
 @device_option
@@ -605,7 +608,7 @@ def calibrate(model: str, imatrix: Path | None, **options: Any) -> None:
         click.echo(imatrix)
 
 
-@main.command()
+@main.command(short_help="Choose a type for every expert within the budget.")
 @model_options
 @budget_options
 @click.option("--stats", "stats_path", type=_existing_file, required=True, help="Statistics from `calibrate`.")
@@ -681,7 +684,7 @@ def quantize(model: str, stats_path: Path, allocation_path: Path, imatrix: Path 
         click.echo(f"{path}  {path.stat().st_size:,} bytes")
 
 
-@main.command()
+@main.command(short_help="Decode a file and compare it with its checkpoint.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", "model", required=True, help="The checkpoint: a folder, a Hub id, or demo.")
 @naming_options
@@ -700,7 +703,7 @@ def verify(file: Path, model: str, **options: Any) -> None:
         raise Moe2ggufError(f"{file} does not hold what {model} does: {len(report.problems)} problems, listed above")
 
 
-@main.command()
+@main.command(short_help="Show types per layer and expert, and provenance.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the types, as .png or .svg.")
 def inspect(file: Path, plot: Path | None) -> None:
@@ -716,7 +719,7 @@ def inspect(file: Path, plot: Path | None) -> None:
         click.echo(plot)
 
 
-@main.command()
+@main.command(short_help="Write a model card beside a file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", type=_existing_file, help="The unquantised GGUF: KL divergence from it is measured.")
 @click.option("--text", type=_existing_file, help="Held-out text to measure on  [default: CPython's documentation].")
@@ -754,7 +757,7 @@ def card(file: Path, base: Path | None, text: Path | None, chunks: int, force: b
     click.echo(path)
 
 
-@main.command()
+@main.command(short_help="Convert the bundled model, compare with llama-quantize.")
 @click.option("--bits", default=2.54, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True)
 def demo(bits: float, folder: Path) -> None:
@@ -783,7 +786,7 @@ class _Bits(click.ParamType):
         return bits
 
 
-@main.command()
+@main.command(short_help="Compare with llama-quantize and others at equal bytes.")
 @click.argument("model")
 @click.option("--bits", type=_Bits(), help="Budgets: the presets nearest to these  [default: 2.1,2.5,3,3.5,4.25].")
 @click.option("--quick", is_flag=True, help="Two budgets, 2.5 and 3.5, and at the second fewer methods.")
@@ -832,7 +835,7 @@ def bench(model: str, bits: tuple[float, ...] | None, quick: bool, folder: Path,
         click.echo(path)
 
 
-@main.command()
+@main.command(short_help="Draw a benchmark's tables and pictures again.")
 @click.argument("records", metavar="RECORD...", type=_existing_file, nargs=-1, required=True)
 @click.option(
     "--into",

@@ -72,7 +72,7 @@ def _progress() -> Iterator[build_module.Progress]:
             bars.update(task, total=1, completed=1)
 
 
-@click.group()
+@click.group(short_help="Build, install and check the patched llama.cpp.")
 def runtime() -> None:
     """Build, install and check the patched llama.cpp that reads grouped files."""
 
@@ -125,7 +125,7 @@ def _found_lines() -> list[str]:
     ]
 
 
-@runtime.command()
+@runtime.command(short_help="Build into the cache, without installing.")
 @_gpus
 @_jobs
 def build(jobs: int | None, **flags: bool) -> None:
@@ -135,7 +135,7 @@ def build(jobs: int | None, **flags: bool) -> None:
     click.echo(built.folder)
 
 
-@runtime.command()
+@runtime.command(short_help="Build unless cached, and install.")
 @_gpus
 @click.option("--cpu", is_flag=True, help="Without the backends that the installed library has for graphics cards.")
 @_jobs
@@ -154,7 +154,7 @@ def install(jobs: int | None, cpu: bool, **flags: bool) -> None:
     click.echo(f"llama_cpp_python {installed.version} is installed; `moe2gguf runtime check` tests it")
 
 
-@runtime.command()
+@runtime.command(short_help="Compute on every device, compare with the CPU.")
 def check() -> None:
     """Compute with the installed library on every device, and compare each with the CPU's reference."""
     found = api.find_runtime()
