@@ -18,7 +18,7 @@ from moe2gguf.source import Source
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # of models with so many parameters products take hours; below, nobody need think of rounding
-MANY_PARAMS = 1e9
+BF16_PARAMS = 1e9
 # how many times as fast bfloat16 is at least, to be chosen
 FASTER = 1.3
 # prints that
@@ -43,7 +43,7 @@ def settled(calibration: Calibration, source: Source, device: torch.device) -> C
         raise DeviceError("this machine fails to multiply in bfloat16; take --dtype f32")
     if calibration.dtype != "auto":
         return calibration
-    is_large = source.n_params >= MANY_PARAMS and stored_in_bf16(source)
+    is_large = source.n_params >= BF16_PARAMS and stored_in_bf16(source)
     return dataclasses.replace(calibration, dtype="bf16" if is_large and _is_faster(device) else "f32")
 
 

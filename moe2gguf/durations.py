@@ -19,7 +19,7 @@ from moe2gguf import ggml
 from moe2gguf.calibrate import GRADED_TOKENS
 from moe2gguf.costs import CANDIDATES, CostTable
 from moe2gguf.ebss import BEAMS
-from moe2gguf.encode_experts import LAYER_SAMPLE_TOKENS, MAX_SLOPE_TOKENS, chunk_scale
+from moe2gguf.encode_experts import FIT_SAMPLE_TOKENS, MAX_SLOPE_TOKENS, chunk_scale
 from moe2gguf.encode_matrices import DAMPINGS, EMBEDDING_SAMPLE_ROWS, SAMPLE_ROWS
 from moe2gguf.experts import CPU
 from moe2gguf.feedback import curvature, quantize
@@ -187,7 +187,7 @@ def quantise_seconds(
     if not quantizer.feedback:
         return source.n_params / rates.encoded_weights
     n_tokens = calibration.n_sequences * length
-    n_routed = n_tokens * source.n_expert_used + source.n_expert * LAYER_SAMPLE_TOKENS
+    n_routed = n_tokens * source.n_expert_used + source.n_expert * FIT_SAMPLE_TOKENS
     layers, head, flops = _layers_seconds(source, length, rates), _head_flops(source) / rates.matmul_flops, 0.0
     n_moe_layers, n_of_experts, n_fed_back, n_sampled, n_columns = 0, 0, 0, 0.0, []
     # all of the text through each matrix beside the experts; queries, keys and values are given the same

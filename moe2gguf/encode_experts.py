@@ -37,13 +37,14 @@ from moe2gguf.ggml import QuantType
 from moe2gguf.llama import memory_bytes
 from moe2gguf.moments import HELD_OUT, Sums
 from moe2gguf.run import Progress
+from moe2gguf.settings import AFFINITIES
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stats import SHRINKAGE_TOKENS
 from moe2gguf.stream import LayerStream
 from moe2gguf.streams import NO_MATRICES, Matrices, Streams, Types, put_back
 
 MAX_HELD_OUT_TOKENS = 1024
-LAYER_SAMPLE_TOKENS = 512
+FIT_SAMPLE_TOKENS = 512
 # what an expert's second moments are taken of at most, and its activation's slopes
 MAX_EXPERT_TOKENS = 16384
 MAX_SLOPE_TOKENS = 2048
@@ -54,9 +55,6 @@ CHUNK_INPUT_BYTES = 1 << 28
 SCALE_THREADS, SCALE_MEMORY_BYTES = 4, 8 << 30
 # of sampled rows, in a job
 SAMPLE_LANES = 128
-
-AFFINITIES = ("none", "gate", "gate2")
-AFFINITY = "gate"
 
 
 def chunk_scale(n_threads: int, device: torch.device) -> int:
@@ -256,7 +254,7 @@ class _LayerWork:
         run = max(1, min(length, n_tokens // (2 * HELD_OUT)))
         self._held_out_T = torch.arange(n_tokens) // run % HELD_OUT == HELD_OUT - 1
         # stands in for what a cold expert has not seen
-        self._sample_n = spread_tokens(n_tokens, LAYER_SAMPLE_TOKENS)
+        self._sample_n = spread_tokens(n_tokens, FIT_SAMPLE_TOKENS)
         self._sample_probability_nE = torch.softmax(block.scores(found.scored()[self._sample_n]), dim=-1)
 
     def encode(
@@ -300,7 +298,7 @@ class _LayerWork:
         yield range(start, self._block.n_experts)
 
     def _weights(self, gates_n: torch.Tensor) -> torch.Tensor:
-        return gates_n ** {"none": 0, "gate": 1, "gate2": 2}[self._affinity]
+        return gates_n ** AFFINITIES.index(self._affinity)
 
     def _tokens(self, expert: int) -> Tokens:
         """The expert's own, and so much of the layer's as shrinkage asks."""

@@ -16,7 +16,7 @@ from moe2gguf.ebss import BEAMS, n_groups_at_once
 from moe2gguf.encode_experts import (
     CHUNK_BYTES,
     CHUNK_INPUT_BYTES,
-    LAYER_SAMPLE_TOKENS,
+    FIT_SAMPLE_TOKENS,
     MAX_EXPERT_TOKENS,
     chunk_scale,
 )
@@ -183,7 +183,7 @@ def _chunk_bytes(sizes: Sizes) -> float:
     source = sizes.source
     down = next(t for t in source.tensors if "ffn_down_exps" in t.name)
     n_tokens = source.n_expert_used / source.n_expert * sizes.n_tokens
-    inputs = 2 * F32_BYTES * (min(n_tokens, MAX_EXPERT_TOKENS) + LAYER_SAMPLE_TOKENS) * down.shape[-1]
+    inputs = 2 * F32_BYTES * (min(n_tokens, MAX_EXPERT_TOKENS) + FIT_SAMPLE_TOKENS) * down.shape[-1]
     scale, widest = chunk_scale(sizes.n_threads, sizes.device), _widest_expert(source)
     by_width, by_inputs = -(-scale * CHUNK_BYTES // (4 * widest**2)), int(scale * CHUNK_INPUT_BYTES / inputs)
     n_chunk = max(1, min(source.n_expert, by_width, by_inputs))

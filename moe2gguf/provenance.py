@@ -4,10 +4,9 @@ from collections.abc import Collection
 
 from moe2gguf import __version__
 from moe2gguf.allocate import Allocation
-from moe2gguf.encode_experts import AFFINITIES
 from moe2gguf.gguf_file import KeyValues, ValueType
 from moe2gguf.prune import RECORD
-from moe2gguf.settings import DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
+from moe2gguf.settings import AFFINITIES, DEFAULT_QUANTIZER, NO_SKIPPING, Quantizer
 from moe2gguf.skip import Skipping, Thresholds, frequency_thresholds, ratio_thresholds
 from moe2gguf.source import Source, layer_of
 from moe2gguf.source.checkpoint import repository_of

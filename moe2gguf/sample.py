@@ -22,14 +22,14 @@ from moe2gguf.text import CalibrationText
 MAX_PARALLEL_SEQUENCES = 128
 KV_CACHE_BYTES = 2 << 30
 # from so many on experts have half the bytes, which are read for every step
-MANY_PARAMS = 10e9
+HALF_BYTE_PARAMS = 10e9
 # below this, a step is shorter than the wait for another thread
 ONE_THREAD_FILE_BYTES = 256 << 20
 
 
 def writer_type(source: Source) -> QuantType:
     """Of experts in the file that the model writes its text with, whose others are nearly exact."""
-    return QuantType.Q4_0 if source.n_params >= MANY_PARAMS else QuantType.Q8_0
+    return QuantType.Q4_0 if source.n_params >= HALF_BYTE_PARAMS else QuantType.Q8_0
 
 
 def kv_bytes_per_token(source: Source) -> int:

@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from moe2gguf.allocate import MAX_GROUPS
-from moe2gguf.encode_experts import AFFINITY
 from moe2gguf.errors import Moe2ggufError
 from moe2gguf.ggml import QuantType
 from moe2gguf.skip import Skipping
+
+# by what a token weighs in its experts: powers of its gate weight, 0, 1 and 2
+AFFINITIES = ("none", "gate", "gate2")
+AFFINITY = "gate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Quantizer:
     """How the experts' bytes are found."""
 
     feedback: bool = True  # False: ggml's encoder alone
-    affinity: str = AFFINITY  # by what a token weighs: "none" | "gate" | "gate2", powers of its gate weight
+    affinity: str = AFFINITY  # one of AFFINITIES
     router: str = "qesc"  # "none" leaves routers as they are
     tuning: bool = True  # of routers, norms and the scales of blocks, by gradient
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moe2gguf.codec import CODECS
-from moe2gguf.encode_experts import AFFINITIES, AFFINITY, encode_experts
+from moe2gguf.encode_experts import encode_experts
 from moe2gguf.evaluate import Evaluation, evaluate
 from moe2gguf.ggml import QuantType
 from moe2gguf.gguf_file import Target, write_gguf
@@ -26,7 +26,7 @@ from moe2gguf.pipeline import calibrated, write_float
 from moe2gguf.quantize import FilePlan, TensorPlan, encode_tensors
 from moe2gguf.run import Run
 from moe2gguf.runtime import tool
-from moe2gguf.settings import Calibration
+from moe2gguf.settings import AFFINITIES, AFFINITY, Calibration
 from moe2gguf.source import Source, open_source
 from moe2gguf.spool import Spool
 from moe2gguf.stats import CalibrationStats

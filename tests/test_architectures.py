@@ -215,7 +215,7 @@ def test_experts_of_large_models_write_in_fewer_bits(
         return sample.sample_text(path, *arguments, **options)
 
     monkeypatch.setattr(pipeline, "sample_text", sample_text)
-    monkeypatch.setattr(sample, "MANY_PARAMS", source.n_params)
+    monkeypatch.setattr(sample, "HALF_BYTE_PARAMS", source.n_params)
     text = text_of(source, calibration, Run(tmp_path, 2))()
     assert text.tokens_SL.shape == (2, 32) and types == {True: {"Q4_0"}, False: {"Q8_0", "F32"}}
 

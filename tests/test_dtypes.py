@@ -46,7 +46,7 @@ def test_chosen_for_large_models_where_it_is_faster(
     stored, other = (open_source(tiny("qwen3_moe", dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
     faster(2.2)
     assert chosen("auto", stored) == "f32"
-    monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
+    monkeypatch.setattr(dtypes, "BF16_PARAMS", 1e5)
     assert chosen("auto", stored) == "bf16"
     assert chosen("auto", other) == "f32"
     assert chosen("f32", stored) == "f32" and chosen("bf16", other) == "bf16"
@@ -60,7 +60,7 @@ def test_on_a_gpu_the_processor_does_not_matter(
     """Nor what it traps on: a GPU that the kernels run on has units for it."""
     source, gpu = open_source(tiny("qwen3_moe", dtype=torch.bfloat16)), torch.device("cuda", 0)
     faster(0.0)
-    monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
+    monkeypatch.setattr(dtypes, "BF16_PARAMS", 1e5)
     assert chosen("auto", source) == "f32" and chosen("auto", source, gpu) == "bf16"
     assert chosen("bf16", source, gpu) == "bf16" and chosen("f32", source, gpu) == "f32"
 
@@ -70,7 +70,7 @@ def test_a_configuration_that_says_nothing(
 ) -> None:
     """Then its tensors do."""
     faster(2.2)
-    monkeypatch.setattr(dtypes, "MANY_PARAMS", 1e5)
+    monkeypatch.setattr(dtypes, "BF16_PARAMS", 1e5)
     for dtype, wanted in ((torch.bfloat16, "bf16"), (torch.float32, "f32")):
         folder = shutil.copytree(tiny("qwen3_moe", dtype=dtype), tmp_path / wanted)
         config = json.loads((folder / "config.json").read_text())
@@ -87,7 +87,7 @@ def test_a_processor_that_fails_to(
     speed_of_bf16.cache_clear()
     try:
         assert speed_of_bf16() == 0
-        monkeypatch.setattr(dtypes, "MANY_PARAMS", 0)
+        monkeypatch.setattr(dtypes, "BF16_PARAMS", 0)
         assert chosen("auto", source) == "f32"
         with pytest.raises(DeviceError, match="--dtype f32"):
             chosen("bf16", source)

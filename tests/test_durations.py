@@ -178,7 +178,7 @@ def test_text_that_the_model_writes(source: Source, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(durations, "memory_bytes", lambda: 1)
     assert calibrating(source, sampled) == pytest.approx(read / durations.DISK_BYTES_PER_SECOND)
     # large ones write with a file of half the bits
-    monkeypatch.setattr("moe2gguf.sample.MANY_PARAMS", source.n_params)
+    monkeypatch.setattr("moe2gguf.sample.HALF_BYTE_PARAMS", source.n_params)
     assert calibrating(source, sampled) == pytest.approx(4.5 / 8.5 * read / durations.DISK_BYTES_PER_SECOND)
 
 

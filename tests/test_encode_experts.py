@@ -16,6 +16,7 @@ from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.encode_experts import Inputs, Tokens, encode_experts
 from moe2gguf.experts import ExpertBlock, find_experts
 from moe2gguf.ggml import QuantType
+from moe2gguf.settings import AFFINITIES
 from moe2gguf.spool import Outcome, Spool
 from moe2gguf.stream import LayerStream
 
@@ -79,11 +80,11 @@ def gate_up_inputs(work: stage._LayerWork, expert: int) -> Inputs:
     return Inputs(work._exact_TD, work._found_TD, {expert: work._tokens(expert)})
 
 
-@pytest.mark.parametrize("affinity", stage.AFFINITIES)
+@pytest.mark.parametrize("affinity", AFFINITIES)
 @torch.inference_mode()
 def test_moments_are_weighted_means(layer: Layer, affinity: str) -> None:
     """Token by token: the expert's own with its gate weights, the layer's with the belief of 32 tokens."""
-    expert, power = 2, stage.AFFINITIES.index(affinity)
+    expert, power = 2, AFFINITIES.index(affinity)
     hessian_KK = gate_up_inputs(layer.work(affinity), expert).moments(torch.device("cpu"))[1].hessian_EKK[0]
 
     x_TD, ids_TK, gates_TK = layer.capture.routed()
