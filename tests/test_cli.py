@@ -20,7 +20,11 @@ from safetensors.torch import load_file, save_file
 from moe2gguf.alone import alone_in
 from moe2gguf.cli import _Size, main
 from moe2gguf.costs import CANDIDATES
+from moe2gguf.errors import Moe2ggufError
+from moe2gguf.pipeline import outfile_for
 from moe2gguf.record import load_record
+from moe2gguf.settings import Budget
+from moe2gguf.source import open_source
 from moe2gguf.text import load_tokenizer
 from tests.conftest import cheap_measurements
 from tests.tiny_moe import make_tiny
@@ -491,6 +495,11 @@ def test_what_was_calibrated_on_is_not_overwritten(command, tiny, small_text, tm
         (["--allocator", "uniform", "--bits", 1.0], "no single type for all experts"),
         (["--recipe", "{tmp}/no/recipe.json"], "there is no folder .*no to save the recipe in"),
         (["--prune-experts", 0.25, "--outfile", "{tmp}/there.gguf"], r"there\.gguf exists; pass --force"),
+        (["--outfile", "."], r"\. names no file; --outfile takes a name"),
+        (
+            ["--outfile", "{tmp}/a{{b}}.gguf"],
+            r"a\{b\}\.gguf names no file; --outfile takes a name, \{ftype\} in it or not",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_the_work(options, text, tiny, small_text, tmp_path, monkeypatch):
@@ -500,6 +509,19 @@ def test_what_cannot_be_is_said_before_the_work(options, text, tiny, small_text,
     monkeypatch.setattr("moe2gguf.pipeline.prune", None)
     arguments = ["convert", tiny("qwen3_moe"), "--bits", 3.6, "--text", small_text, "--outfile", tmp_path / "x.gguf"]
     assert_sentence(run(*arguments, "--sequences", 4, "--length", 32, *options), text)
+
+
+def test_a_pruned_model_has_a_name_of_its_own(tiny, small_text, tmp_path, monkeypatch):
+    """The whole model's file is not in its way."""
+    monkeypatch.chdir(tmp_path)
+    folder = tiny("qwen3_moe")
+    outfile_for(open_source(folder), None, Budget(bits=3.6)).touch()
+
+    def reached(*_):
+        raise Moe2ggufError("it prunes now")
+
+    monkeypatch.setattr("moe2gguf.pipeline.prune_to", reached)
+    assert_sentence(run("convert", folder, "--bits", 3.6, "--text", small_text, "--prune-experts", 1 / 3), "prunes now")
 
 
 def test_what_cannot_be_calibrated_is_said_before_text_is_written(tiny, tmp_path, monkeypatch):
