@@ -18,7 +18,6 @@ from moe2gguf.errors import Moe2ggufError
 from moe2gguf.runtime import tool
 
 N_PROMPT, N_DECODE = 512, 64  # tokens of one speed measurement
-N_TRIES = 20
 BASE_COMPLETE = re.compile(r"Final estimate: PPL = .*\n")
 COMPLETE = re.compile(r"Same top p: .*memory breakdown", re.DOTALL)  # memory is printed last
 LEAST_TOKENS = 100
@@ -100,16 +99,14 @@ def divergence(
 def _perplexity(
     arguments: list[object], complete: re.Pattern, folder: Path, environment: Mapping[str, str] | None = None
 ) -> str:
-    """llama-perplexity's output. It leaves without waiting for the thread that prints (common/log.cpp;
-    ggml-org/llama.cpp#22142), so that on a busy machine the end is missing often: then it runs again."""
-    for _ in range(N_TRIES):
-        output = run_tool("llama-perplexity", arguments, folder, environment).output
-        if complete.search(output):
-            return output
-    raise Moe2ggufError(
-        f"the output of llama-perplexity was not complete in {N_TRIES} runs ({folder / 'llama-perplexity.log'}); try "
-        "again on a machine with less to do"
-    )
+    """llama-perplexity's output, whose end a patch of ours has it wait for (ggml-org/llama.cpp#22142)."""
+    output = run_tool("llama-perplexity", arguments, folder, environment).output
+    if complete.search(output) is None:
+        raise Moe2ggufError(
+            f"the output of llama-perplexity is not complete ({folder / 'llama-perplexity.log'}); `moe2gguf runtime "
+            "install` builds one that prints all of it"
+        )
+    return output
 
 
 def parse_divergence(output: str, base: BaseRun) -> Divergence:
