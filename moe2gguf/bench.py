@@ -625,7 +625,7 @@ def _setting(command: str, runtime: str, n_threads: int, bench: _Bench, seconds:
         version=__version__,
         runtime=runtime,
         python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        system=f"{platform.system()} {platform.machine()}",
         processor=", ".join(filter(None, (about["cpu_info"], about["gpu_info"]))),
         backends=about["backends"],
         n_threads=n_threads,
