@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="needs the runtime: moe2gguf runtime install")
 
-from moe2gguf import pipeline, sample
+from moe2gguf import sample
 from moe2gguf.calibration_text import text_of
 from moe2gguf.gguf_reader import read_gguf
 from moe2gguf.pipeline import convert
@@ -214,7 +214,7 @@ def test_experts_of_large_models_write_in_fewer_bits(
             types["exps" in tensor.name].add(tensor.type.name)
         return sample.sample_text(path, *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "sample_text", sample_text)
+    monkeypatch.setattr("moe2gguf.calibration_text.sample_text", sample_text)
     monkeypatch.setattr(sample, "HALF_BYTE_PARAMS", source.n_params)
     text = text_of(source, calibration, Run(tmp_path, 2))()
     assert text.tokens_SL.shape == (2, 32) and types == {True: {"Q4_0"}, False: {"Q8_0", "F32"}}
