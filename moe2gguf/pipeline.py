@@ -384,9 +384,15 @@ def prune_to(
     text: Callable[[], CalibrationText],
     run: Run,
 ) -> None:
-    """The checkpoint without the share of its experts that matter least, by the calibration text."""
+    """The checkpoint without the share of its experts that matter least, by the calibration text; one run at a time."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder.parent}: {error.strerror}; choose another") from error
     stream = functools.partial(stream_of, source, calibration, run.device)
-    prune(source, share, folder, request_digest(source, calibration), stream, text, run.progress, run.note)
+    request = request_digest(source, calibration)
+    with alone_in(folder.parent, lambda: run.note(f"another run works in {folder.parent}: waiting for it")):
+        prune(source, share, folder, request, stream, text, run.progress, run.note)
 
 
 def stream_of(source: Source, calibration: Calibration, device: torch.device) -> LayerStream:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from moe2gguf.alone import alone_in
 from moe2gguf.capture import LayerCapture, tokens_of
 from moe2gguf.costs import source_digest
 from moe2gguf.errors import Moe2ggufError, OutputError, SourceError
@@ -102,24 +101,6 @@ def prune(
 
     `request`: digest of what the text depends on; a checkpoint there that answers another one is replaced.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder.parent}: {error.strerror}; choose another") from error
-    with alone_in(folder.parent, lambda: note(f"another run works in {folder.parent}: waiting for it")):
-        _prune(source, share, folder, request, stream, text, progress, note)
-
-
-def _prune(
-    source: Source,
-    share: float,
-    folder: Path,
-    request: str,
-    stream: Callable[[], LayerStream],
-    text: Callable[[], CalibrationText],
-    progress: Progress,
-    note: Note,
-) -> None:
     record = {"source_sha256": source_digest(source), "request": request, "share": share}
     kept = n_kept(source, share)
     if folder.exists():
@@ -135,7 +116,7 @@ def _prune(
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         shutil.rmtree(old)
-    n_bytes = sum((source.path / name).stat().st_size for name in set(Shards.of(source.path).file_of.values()))
+    n_bytes = sum(file.stat().st_size for file in set(Shards.of(source.path).file_of.values()))
     check_space(folder.parent, folder.name, n_bytes)
     found = saliency(stream(), text().tokens_SL, progress)
     write_pruned(source, {layer: most_salient(s, kept) for layer, s in found.items()}, folder, record, progress)
